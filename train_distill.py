@@ -1,0 +1,312 @@
+"""
+Distil a teacher LLM into a smaller student.
+
+    python train_distill.py configs/toy_opd.py                        # CPU, about two minutes
+    torchrun --nproc_per_node=8 train_distill.py configs/opd_8b.py    # Qwen3-8B -> Qwen3-0.6B-Base
+
+p = teacher, q = student: next-token distributions at each response token, after a prefix s = prompt + response so far.
+    prefix           who wrote the response the loss is taken on: "teacher" or "student"
+    reverse_weight   lam in  L(s) = lam KL(q||p) + (1 - lam) KL(p||q)                                        (Eq. 4)
+
+                     lam = 0, forward KL(p||q)          lam = 1, reverse KL(q||p)
+    "teacher"        off-policy SFT, soft labels        offline-RL style
+    "student"        DAgger style                       OPD: on-policy distillation
+
+Nothing is differentiated through sampling: prefixes are data. teacher=None is SFT on hard labels, the solutions in the prompt
+file: the Monte-Carlo form of forward KL on teacher prefixes.
+
+Where the paper (arXiv 2605.16826) is silent or contradicts itself, we
+  - take the KL over the full vocabulary (its appendix D speaks of a sampled estimate, its sections 3 and G.4 of the full one);
+  - average over all response tokens of the step, whatever the ranks and micro-batches (loss_norm = "sequence" for the other);
+  - keep fp32 master weights under bf16 compute: at lr 5e-7 pure bf16 weights lose most updates;
+  - sample with top_p = 1, top_k = 0 by default, so that prefixes really come from q; the paper's 0.95 / 20 are in its configs;
+  - end a student's response on the stop ids of either model (stop = "union"): a Base student and a chat teacher end their turns
+    with different ids, and on its own id alone (stop = "student") a student that has learned the teacher's never stops. What
+    the teacher writes always ends on either;
+  - let the teacher write its prefixes on the fly.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from kernels import linear_kl, linear_logp
+from utils import (HFEngine, Sampling, Timer, UserError, all_reduce, check_tokenizers, derive_seed, encode_prompt, evaluate,
+                   forward_flops, init_processes, load_config, load_model, load_optimizer, load_problems, load_tokenizer,
+                   microbatches, prepare_out_dir, print_config, print_row, prompt_order, read_lines, read_train_state,
+                   response_hidden, run, save_checkpoint, stop_ids, write_lines)
+
+
+@dataclasses.dataclass
+class Config:
+    # what is trained on what
+    student: str = "Qwen/Qwen3-0.6B-Base"                # folder or hub name
+    teacher: str | None = "Qwen/Qwen3-4B"                # None: hard-label SFT on the prompt file's solutions
+    prompts: str = "data/deepscaler.jsonl"               # JSONL with problem / answer (and solution), or question / answer
+    prefix: Literal["teacher", "student"] = "student"
+    reverse_weight: float = 1.0                          # lam in [0, 1]
+    loss_norm: Literal["token", "sequence"] = "token"    # mean over tokens, or mean of per-sequence means
+    # rollouts
+    engine: Literal["hf"] = "hf"
+    max_new_tokens: int = 4096                           # the horizon, stop token included
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0                                       # 0: all tokens
+    stop: Literal["union", "student"] = "union"          # whose stop ids end a student's response
+    rollout_rows: int = 256                              # responses decoded together; bounds the KV cache
+    # optimisation
+    batch_size: int = 32                                 # prompts a step over all ranks, one response each
+    max_steps: int = 1000
+    learning_rate: float = 5e-7
+    warmup_steps: int = 50                               # linear, then constant
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"   # compute; master weights are always fp32
+    max_tokens_per_microbatch: int = 16384               # padded tokens in one forward; does not change the result
+    # evaluation on a fixed held-out set
+    eval_data: str = "data/math500.jsonl"
+    eval_every: int = 30                                 # steps; 0: never
+    eval_prompts: int = 200                              # the first so many of eval_data
+    eval_samples: int = 1                                # k of Avg@k and Pass@k
+    eval_max_new_tokens: int = 4096
+    eval_temperature: float = 0.6
+    eval_top_p: float = 0.95
+    eval_teacher: bool = False                           # measure the teacher too, once
+    # run
+    out_dir: str = "out/distill"
+    save_every: int = 40                                 # steps; the end of the run and a new best are always saved
+    keep: int = 10                                       # newest checkpoints that stay, besides `best`
+    seed: int = 42
+    resume: bool = False                                 # go on from out_dir/last
+    overwrite: bool = False                              # delete the run in out_dir first
+
+
+def validate(cfg, world):
+    """Every combination that cannot work, before anything is loaded."""
+    def need(ok, key, limit):
+        if not ok:
+            raise UserError(f"{key}={getattr(cfg, key)!r}: {limit}")
+
+    need(0 <= cfg.reverse_weight <= 1, "reverse_weight", "must be in [0, 1]; 0 is forward KL, 1 reverse KL")
+    need(cfg.batch_size >= 1 and cfg.batch_size % world == 0, "batch_size",
+         f"must be a positive multiple of the {world} processes; try {max(1, cfg.batch_size // world) * world}")
+    for key in ("max_new_tokens", "rollout_rows", "max_tokens_per_microbatch", "eval_prompts", "eval_samples",
+                "eval_max_new_tokens", "save_every", "keep"):
+        need(getattr(cfg, key) >= 1, key, "must be at least 1")
+    for key in ("max_steps", "warmup_steps", "eval_every", "top_k", "temperature", "eval_temperature", "weight_decay",
+                "learning_rate"):
+        need(getattr(cfg, key) >= 0, key, "must not be negative")
+    for key in ("top_p", "eval_top_p"):
+        need(0 < getattr(cfg, key) <= 1, key, "must be in (0, 1]; 1 keeps every token")
+    need(cfg.max_grad_norm > 0, "max_grad_norm", "must be positive; inf never clips")
+    if cfg.teacher is None:
+        need(cfg.prefix == "teacher", "prefix", 'teacher=None is SFT on the prompt file\'s solutions; set prefix="teacher"')
+        need(cfg.reverse_weight == 0, "reverse_weight", "reverse KL to a hard label is infinite; with teacher=None set it to 0")
+        need(not cfg.eval_teacher, "eval_teacher", "there is none with teacher=None; set it to False")
+
+
+def load_prompts(path, tokenizer, horizon, positions, verbose, limit=None, solutions=False):
+    """(problems, prompt ids) of those that leave room for the horizon; the others are counted."""
+    problems = load_problems(path)[:limit]
+    if solutions and any(p["solution"] is None for p in problems):
+        raise UserError(f"{path}: teacher=None trains on solutions, and problem {problems[0]['problem'][:40]!r} or another has "
+                        f"none; add a \"solution\" to every line, or name a teacher")
+    pairs = [(problem, encode_prompt(tokenizer, problem["problem"])) for problem in problems]
+    usable = [(problem, ids) for problem, ids in pairs if len(ids) + horizon <= positions]
+    if not usable:
+        raise UserError(f"{path}: no usable prompt: {horizon} new tokens and a prompt of {min(len(ids) for _, ids in pairs)} or "
+                        f"more pass max_position_embeddings={positions}; lower max_new_tokens or eval_max_new_tokens")
+    if verbose and len(usable) < len(pairs):
+        print(f"warning: {path}: {len(pairs) - len(usable)} of {len(pairs)} prompts skipped: with {horizon} new tokens they "
+              f"pass max_position_embeddings={positions}")
+    return zip(*usable)
+
+
+def main(argv):
+    cfg, origin = load_config(Config, argv)
+    rank, world, device = init_processes()
+    validate(cfg, world)
+    chief = rank == 0                                    # the rank that prints and writes
+    checkpoint = prepare_out_dir(cfg.out_dir, cfg.resume, cfg.overwrite)
+    state = {"script": "train_distill", "student": cfg.student, "step": 0, "tflops": 0.0, "best": -1.0}
+    if checkpoint:
+        state = read_train_state(checkpoint, "train_distill")
+        if state["student"] != cfg.student:
+            raise UserError(f"{checkpoint} was trained from student={state['student']!r}, not {cfg.student!r}; resume with that "
+                            f"one, or start a new run from its weights with --student={checkpoint}")
+
+    # models: fp32 masters for the student, the compute dtype for the teacher
+    dtype = getattr(torch, cfg.dtype)
+    tokenizer = load_tokenizer(cfg.student)
+    student = load_model(checkpoint or cfg.student, torch.float32, device)
+    models, template, teacher = [student], tokenizer, None
+    if cfg.teacher:
+        template = load_tokenizer(cfg.teacher)           # the teacher's chat template makes the prompts
+        check_tokenizers(tokenizer, template)
+        teacher = load_model(cfg.teacher, dtype, device).requires_grad_(False)
+        models.append(teacher)
+    vocab_size = min(len(m.get_output_embeddings().weight) for m in models)
+    positions = min(m.config.max_position_embeddings for m in models)
+    own_stops = stop_ids(student, tokenizer)
+    all_stops = sorted({*own_stops, *(stop_ids(teacher, template) if teacher else [])})
+    student_stops = all_stops if cfg.stop == "union" else own_stops
+    student.generation_config.eos_token_id = student_stops    # so a checkpoint stops where its training did
+
+    problems, prompts = load_prompts(cfg.prompts, template, cfg.max_new_tokens, positions, chief, solutions=teacher is None)
+    if cfg.eval_every:
+        eval_problems, eval_prompts = load_prompts(cfg.eval_data, template, cfg.eval_max_new_tokens, positions, chief,
+                                                   limit=cfg.eval_prompts)
+    if teacher is None:
+        solutions = [tokenizer.encode(p["solution"], add_special_tokens=False) + own_stops[:1] for p in problems]
+
+    sampling = Sampling(cfg.max_new_tokens, tuple(student_stops if cfg.prefix == "student" else all_stops), cfg.temperature,
+                        cfg.top_p, cfg.top_k, vocab_size)
+    eval_sampling = Sampling(cfg.eval_max_new_tokens, tuple(student_stops), cfg.eval_temperature, cfg.eval_top_p, 0, vocab_size)
+    student_engine = HFEngine(student, dtype, cfg.rollout_rows)
+    teacher_engine = HFEngine(teacher, dtype, cfg.rollout_rows) if teacher else None
+    writer, writer_engine = (student, student_engine) if cfg.prefix == "student" else (teacher, teacher_engine)
+
+    parameters = list(student.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
+    if checkpoint:
+        load_optimizer(checkpoint, student, optimizer)
+
+    # from here on files are written
+    if world > 1:
+        dist.barrier()                                   # every rank has checked out_dir
+    metrics_file = os.path.join(cfg.out_dir, "metrics.jsonl")
+    if chief:
+        if cfg.overwrite:
+            shutil.rmtree(cfg.out_dir, ignore_errors=True)
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        print_config(cfg, origin)
+        with open(os.path.join(cfg.out_dir, "config.json"), "w") as file:
+            json.dump(dataclasses.asdict(cfg), file, indent=1)
+        done = [row for row in read_lines(metrics_file) if row["step"] <= state["step"]] if checkpoint else []
+        write_lines(metrics_file, done, mode="w")        # steps after the checkpoint are taken again
+        print(f"{len(prompts)} prompts, {world} process(es) on {device.type}, from step {state['step']}")
+
+    def measure(engine, model, name, step, stops):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            metrics, records = evaluate(engine, model, template, eval_problems, eval_prompts,
+                                        dataclasses.replace(eval_sampling, stop_ids=tuple(stops)), cfg.eval_samples, cfg.seed,
+                                        cfg.max_tokens_per_microbatch, rank, world)
+        if chief:
+            write_lines(metrics_file, [{"step": step, "model": name, **metrics}])
+            write_lines(os.path.join(cfg.out_dir, f"samples_{name}_{step:06d}.jsonl"), records, mode="w")
+            shown = {key: "-" if metrics[key] is None else f"{metrics[key]:.3f}" for key in ("avg_at_k", "pass_at_k", "entropy")}
+            print(f"eval {step:>4} {name:<8} Avg@{cfg.eval_samples} {shown['avg_at_k']}  Pass@{cfg.eval_samples} "
+                  f"{shown['pass_at_k']}  length {metrics['length']:.0f}  entropy {shown['entropy']}  "
+                  f"cut {metrics['truncated']:.0%}")
+        return metrics
+
+    for step in range(state["step"], cfg.max_steps + 1):     # step = updates done so far; the last pass only evaluates
+        student_engine.sync(student)
+        if not (checkpoint and step == state["step"]):   # a resumed run has evaluated and saved there already
+            is_best = False
+            if cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.max_steps):
+                if step == 0 and cfg.eval_teacher:
+                    measure(teacher_engine, teacher, "teacher", 0, all_stops)
+                score = measure(student_engine, student, "student", step, student_stops)["avg_at_k"]
+                is_best = step > 0 and score is not None and score > state["best"]
+                state["best"] = score if is_best else state["best"]
+            if chief and step > 0 and (is_best or step % cfg.save_every == 0 or step == cfg.max_steps):
+                save_checkpoint(cfg.out_dir, student, tokenizer, optimizer, {**state, "step": step}, is_best, cfg.keep)
+        if step == cfg.max_steps:
+            break
+
+        # 1. prefixes: prompts are dealt to ranks, and seeded by their place in the step, not by rank
+        timer = Timer(device)
+        order = prompt_order(len(prompts), step * cfg.batch_size, cfg.batch_size, cfg.seed)
+        mine = list(enumerate(order))[rank::world]
+        if teacher is None:
+            responses = [solutions[i][:cfg.max_new_tokens] for _, i in mine]
+            truncated = sum(len(solutions[i]) > cfg.max_new_tokens for _, i in mine)
+        else:
+            rollouts = writer_engine.generate([prompts[i] for _, i in mine], sampling,
+                                              [derive_seed(cfg.seed, "train", step, slot) for slot, _ in mine])
+            responses = [tokens for tokens, _, _ in rollouts]
+            truncated = sum(reason == "length" for _, _, reason in rollouts)
+        sequences = [(prompts[i], response) for (_, i), response in zip(mine, responses) if response]
+        lengths = [len(p) + len(r) for p, r in sequences]
+        counts = torch.tensor([sum(len(r) for _, r in sequences), len(sequences), truncated,
+                               forward_flops(student.config, lengths), forward_flops(teacher.config, lengths) if teacher else 0,
+                               forward_flops(writer.config, lengths) if writer else 0], dtype=torch.float64)
+        all_tokens, all_sequences, truncated, student_flops, teacher_flops, writer_flops = all_reduce(counts.to(device)).tolist()
+        longest = int(all_reduce(torch.tensor(max([len(r) for _, r in sequences], default=0), device=device), "max"))
+        timer.lap("rollout")
+
+        # 2. - 3. hidden states of both models on those prefixes, and the KL from them, gradient included
+        head_q = student.get_output_embeddings().weight
+        totals = torch.zeros(5, device=device)           # loss, then sums over tokens: forward, reverse, H(q), H(p)
+        for batch in microbatches(lengths, cfg.max_tokens_per_microbatch):
+            batch = [sequences[i] for i in batch]
+            norms = [1 / all_tokens if cfg.loss_norm == "token" else 1 / (len(r) * all_sequences) for _, r in batch for _ in r]
+            weight = torch.tensor(norms, device=device)                                                # (N,)
+            if teacher:
+                with torch.no_grad():
+                    h_p = response_hidden(teacher, batch)                                              # (N, H_t)
+                timer.lap("teacher")
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                h_q = response_hidden(student, batch)                                                  # (N, H)
+            h_q = h_q.to(dtype)
+            if teacher:
+                loss, *stats = linear_kl(h_q, head_q, h_p, teacher.get_output_embeddings().weight, weight, cfg.reverse_weight)
+            else:                                        # cross-entropy is the forward KL to a one-hot p
+                logps, entropy = linear_logp(h_q, head_q, torch.tensor([t for _, r in batch for t in r], device=device))
+                loss, nothing = -(weight * logps).sum(), torch.zeros_like(entropy)
+                stats = (-logps.detach(), nothing, entropy, nothing)
+            loss.backward()
+            totals += torch.stack([loss.detach(), *(s.sum() for s in stats)])
+            timer.lap("student")
+
+        # 4. one gradient sum over ranks (weights are already divided by the tokens of the whole step), clip, step
+        if all_tokens:
+            if world > 1:
+                gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+                flat = all_reduce(torch.cat([g.flatten() for g in gradients]))
+                for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
+                    p.grad = g.view_as(p)
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+            totals = all_reduce(totals)
+            loss, *sums = totals.tolist()
+            if not torch.isfinite(grad_norm + totals[0]):
+                batch_file = os.path.join(cfg.out_dir, f"nonfinite_step_{step + 1:06d}_rank_{rank}.jsonl")
+                write_lines(batch_file, [{"prompt_ids": p, "response_ids": r} for p, r in sequences], mode="w")
+                raise UserError(f"step {step + 1}: loss {loss}, gradient norm {grad_norm.item()}: not finite, so no update was "
+                                f"made. The batch is in {batch_file}, the last checkpoint is untouched; --resume with a lower "
+                                f"learning_rate than {cfg.learning_rate}, or dtype=float32")
+            for group in optimizer.param_groups:
+                group["lr"] = cfg.learning_rate * min(1, (step + 1) / max(1, cfg.warmup_steps))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        else:                                            # nothing to learn from in this step
+            loss, sums, grad_norm = 0.0, [0.0] * 4, torch.zeros(())
+        timer.lap("optimizer")
+
+        # 5. log. FLOPs as the paper counts them (appendix H.1): student prefixes G_s + F_t + 3 F_s, teacher prefixes
+        # F_t + 3 F_s, with the teacher's writing kept apart
+        state["tflops"] += (3 * student_flops + teacher_flops + (writer_flops if cfg.prefix == "student" else 0)) / 1e12
+        if chief:
+            forward, reverse, entropy_q, entropy_p = (s / max(1, all_tokens) for s in sums)
+            row = {"step": step + 1, "loss": loss, "forward_kl": forward, "reverse_kl": reverse if teacher else None,
+                   "student_entropy": entropy_q, "teacher_entropy": entropy_p,
+                   "mean_length": all_tokens / max(1, all_sequences), "max_length": longest,
+                   "truncated_share": truncated / cfg.batch_size, "grad_norm": grad_norm.item(),
+                   "learning_rate": optimizer.param_groups[0]["lr"], "tokens": int(all_tokens),
+                   "tokens_per_second": all_tokens / sum(timer.laps.values()), **timer.laps, "tflops": state["tflops"],
+                   "tflops_teacher_writing": writer_flops / 1e12 if cfg.prefix == "teacher" else 0.0}
+            write_lines(metrics_file, [row])
+            print_row(row, header=step % 20 == 0 or step == state["step"])
+
+    if chief:
+        print(f"done: {cfg.out_dir}/last; `python plot.py {cfg.out_dir}` draws the curves and prints a table")
+
+
+if __name__ == "__main__":
+    run(main, __doc__, Config)

@@ -1,0 +1,689 @@
+"""
+What more than one stage needs: config files, prompts, models, rollouts, response-only forwards, grading, checkpoints.
+
+Shape suffixes: B sequences in a micro-batch, T tokens in the longest of them, N response tokens, H hidden size, V vocabulary.
+A *sequence* is (prompt ids, response ids), two lists of ints. Tokens go in and tokens come out: nothing is re-encoded.
+"""
+
+import ast
+import bisect
+import copy
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+import types
+import typing
+from fractions import Fraction
+from pathlib import Path
+
+import safetensors
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils import logging as transformers_logging
+
+from kernels import linear_logp
+
+
+transformers_logging.disable_progress_bar()
+
+
+class UserError(ValueError):
+    """A mistake the user can mend. The message names the value, the limit and the remedy; scripts print it as one line."""
+
+
+# ----------------------------------------------------------------------------------------------------------------- config
+
+def load_config(cls, argv):
+    """
+    Defaults of the dataclass `cls` < assignments in a Python file < --key=value. Returns (config, {key: where it came from}).
+
+    In the file, `_names`, modules and functions are ignored and `from configs.other import *` is inheritance. `--key` alone
+    sets a boolean. Raises UserError on an unknown key (naming the nearest), a wrong type, or an unreadable file.
+    """
+    values, origin = {}, {}
+    kinds = typing.get_type_hints(cls)
+
+    def put(key, value, where):
+        if key not in kinds:
+            near = difflib.get_close_matches(key, kinds, n=1)
+            raise UserError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else
+                                                              "; --help lists the keys"))
+        values[key], origin[key] = _cast(key, value, kinds[key], where), where
+
+    files = [arg for arg in argv if not arg.startswith("--")]
+    if len(files) > 1:
+        raise UserError(f"two config files, {files[0]} and {files[1]}: give one; options are written --key=value")
+    for path in files:
+        for key, value in _run_config_file(path).items():
+            if not (key.startswith("_") or isinstance(value, types.ModuleType) or callable(value)):
+                put(key, value, path)
+    for arg in argv:
+        if arg.startswith("--"):
+            key, equals, text = arg[2:].partition("=")
+            put(key, text if equals else "True", "command line")
+    return cls(**values), origin
+
+
+def _run_config_file(path):
+    if not Path(path).is_file():
+        near = difflib.get_close_matches(str(path), map(str, Path(path).parent.glob("*.py")), n=1)
+        raise UserError(f"no config file {path}" + (f"; did you mean {near[0]}?" if near else ""))
+    names = {}
+    try:
+        exec(compile(Path(path).read_text(), path, "exec"), names)
+    except Exception as error:                           # whatever a user's file may raise; reported with its line
+        trace, line = error.__traceback__, getattr(error, "lineno", None)
+        while trace and line is None:
+            if trace.tb_frame.f_code.co_filename == path:
+                line = trace.tb_lineno
+            trace = trace.tb_next
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
+    return names
+
+
+def _cast(key, value, kind, where):
+    """`value` as the annotated type; command-line text is read as a Python literal unless a str is wanted."""
+    options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+    if isinstance(value, str) and where == "command line":
+        if type(None) in options and value == "None":
+            return None
+        literals = [o for o in options if typing.get_origin(o) is typing.Literal]
+        if str not in options and not literals:
+            try:
+                value = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                pass                                     # stays a str and fails below, with the text in the message
+    for option in options:
+        base = typing.get_origin(option) or option
+        if base is typing.Literal:
+            if value in typing.get_args(option):
+                return value
+        elif base is float and type(value) in (int, float):
+            return float(value)
+        elif base is tuple and isinstance(value, (tuple, list)):
+            inner = typing.get_args(option)[0]
+            return tuple(_cast(key, v, inner, where) for v in value)
+        elif type(value) is base or (value is None and option is type(None)):
+            return value
+    wanted = " or ".join(" | ".join(map(repr, typing.get_args(o))) if typing.get_origin(o) is typing.Literal
+                         else getattr(o, "__name__", str(o)) for o in options)
+    raise UserError(f"{where}: {key}={value!r} is a {type(value).__name__}; {key} must be {wanted.replace('NoneType', 'None')}")
+
+
+def print_config(cfg, origin):
+    """One line a key; what differs from the default is marked with where it came from."""
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        mark = f"  <- {origin[field.name]}" if value != field.default else ""
+        print(f"  {field.name:<26} {value!r}{mark}")
+
+
+# ---------------------------------------------------------------------------------------------------- processes and seeds
+
+def init_processes():
+    """(rank, world size, device), under torchrun or alone; NCCL on GPUs, gloo on CPUs."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def all_reduce(tensor, op="sum"):
+    """In place over all ranks ("sum" or "max"); alone, the tensor as it is."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+    return tensor
+
+
+def all_gather(items):
+    """The lists of all ranks, joined in rank order."""
+    if not dist.is_initialized():
+        return items
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def derive_seed(*parts):
+    """A 63-bit seed from ints and strings: seeds belong to prompts, not to ranks or batches."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def prompt_order(n, start, count, seed):
+    """Indices [start, start + count) of the endless stream of epochs, each a permutation of n: no cursor to save."""
+    order = []
+    while len(order) < count:
+        epoch, offset = divmod(start + len(order), n)
+        order += random.Random(derive_seed(seed, "epoch", epoch)).sample(range(n), n)[offset:]
+    return order[:count]
+
+
+# ---------------------------------------------------------------------------------------------------------------- prompts
+
+def load_problems(path):
+    """
+    Rows {"problem", "answer", "solution"} (str, str | None, str | None) of a JSONL file. GSM8K's {"question", "answer"}, whose
+    answer is a worked solution ending in "#### 42", is read as well. Raises UserError naming file and line.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"no prompt file {path}; `python data/toy.py` writes the toy problems")
+    rows = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    rows.append(_read_problem(line, f"{path}, line {number}"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    if not rows:
+        raise UserError(f"{path} holds no problems; each line should be {{\"problem\": ..., \"answer\": ...}}")
+    return rows
+
+
+def _read_problem(line, where):
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno})") from error
+    row = row if isinstance(row, dict) else {}
+    problem, answer, solution = row.get("problem", row.get("question")), row.get("answer"), row.get("solution")
+    if not isinstance(problem, str) or not problem.strip():
+        raise UserError(f"{where}: no \"problem\" or \"question\" text; found the keys {sorted(row)}")
+    if not isinstance(answer, (str, int, float, type(None))):
+        raise UserError(f"{where}: \"answer\" is a {type(answer).__name__}; it must be text or a number")
+    if isinstance(answer, str) and "####" in answer:
+        solution, answer = answer, answer.split("####")[-1].strip()
+    return {"problem": problem, "answer": None if answer is None else str(answer), "solution": solution}
+
+
+def encode_prompt(tokenizer, problem):
+    """Token ids of one user message through the chat template, ready for the answer."""
+    messages = [{"role": "user", "content": problem}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False, tokenize=False)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+# ------------------------------------------------------------------------------------------------- models and tokenizers
+
+def load_tokenizer(path):
+    """The tokenizer of a local folder or hub name. Raises UserError when it is missing."""
+    _check_model_path(path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot read a tokenizer there: {_first_line(error)}") from error
+
+
+def load_model(path, dtype, device="cpu"):
+    """A causal LM in eval mode (no dropout), in `dtype`. Raises UserError when it is missing or its head is not linear."""
+    _check_model_path(path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: cannot load a model there: {_first_line(error)}") from error
+    check_head(model, path)
+    return model.to(device).eval()
+
+
+def check_head(model, name):
+    """The loss is taken from hidden states, so logits must be `hidden @ W.T` and nothing more."""
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise UserError(f"{name}: its LM head has a bias; only logits = hidden @ W.T is supported")
+    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(model.config, key, None) not in (None, 1.0):
+            raise UserError(f"{name}: its config has {key}; only logits = hidden @ W.T is supported")
+
+
+def _check_model_path(path):
+    looks_local = str(path).startswith((".", "/", "~")) or str(path).count("/") != 1
+    if looks_local or Path(path).parent.is_dir():
+        if not Path(path).is_dir():
+            raise UserError(f"no model folder {path}; give a folder with config.json, or a hub name such as Qwen/Qwen3-0.6B")
+        if not (Path(path) / "config.json").is_file():
+            raise UserError(f"{path} is no model folder: it has no config.json")
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def check_tokenizers(student, teacher):
+    """
+    Two tokenizers are compatible when they map the same ids to the same bytes; end-of-text id, template and embedding padding
+    may differ, and one may have added tokens that the other lacks. Raises UserError naming the first differing id.
+    """
+    a, b = ({i: token for token, i in t.get_vocab().items()} for t in (student, teacher))
+    for i in sorted(a.keys() & b.keys()):
+        if a[i] != b[i]:
+            raise UserError(f"incompatible tokenizers: id {i} is {a[i]!r} for the student and {b[i]!r} for the teacher; "
+                            f"choose a teacher from the student's family")
+    if (missing := min(len(a), len(b)) - len(a.keys() & b.keys())) > 0:
+        raise UserError(f"incompatible tokenizers: {missing} ids of the smaller one ({len(a)} for the student, {len(b)} for the "
+                        f"teacher) are unknown to the other; choose a teacher from the student's family")
+
+
+def stop_ids(model, tokenizer):
+    """Every id that ends a response: all of generation_config.eos_token_id, else the tokenizer's."""
+    ids = model.generation_config.eos_token_id
+    ids = tokenizer.eos_token_id if ids is None else ids
+    if ids is None:
+        raise UserError(f"{model.name_or_path}: neither generation_config.json nor the tokenizer has an eos_token_id")
+    return list(ids) if isinstance(ids, (list, tuple)) else [ids]
+
+
+def forward_flops(config, lengths):
+    """
+    FLOPs of one forward over sequences of these lengths, multiply-add = 2 (paper, appendix H.1): dense layers and the LM head
+    at every token, plus causal attention. Counts the real shapes (the paper takes heads x head_dim = H for every model).
+    """
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    q_size, kv_size = heads * head_dim, config.num_key_value_heads * head_dim
+    layer = 2 * hidden * (q_size + 2 * kv_size) + 2 * q_size * hidden + 6 * hidden * config.intermediate_size
+    dense = config.num_hidden_layers * layer + 2 * hidden * config.vocab_size
+    attention = config.num_hidden_layers * 2 * q_size    # a token attends to half the sequence on average: 4 Hq L / 2
+    return sum(n * (dense + attention * n) for n in lengths)
+
+
+# --------------------------------------------------------------------------------------------------------------- rollouts
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    max_new_tokens: int                                  # including the stop token
+    stop_ids: tuple[int, ...]
+    temperature: float = 1.0                             # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0                                       # 0 keeps every token
+    vocab_size: int | None = None                        # ids from here on are never sampled; None: the model's own
+
+
+def sample_tokens(logits, uniforms, sampling):
+    """
+    One token a row by inverting the CDF at the row's own uniform number, so a row does not depend on its neighbours.
+
+    logits (B, V) fp32, uniforms (B,) in [0, 1). Temperature, then top-k, then top-p, as vLLM and transformers do. Returns
+    tokens (B,) and their log-probs under the full softmax at T = 1 (B,). NaN logits give some id in range, never an exception.
+    """
+    logps = torch.log_softmax(logits, -1)
+    if sampling.temperature == 0:
+        tokens = logits.argmax(-1)
+    else:
+        scaled = logits / sampling.temperature
+        ids = None
+        if sampling.top_k or sampling.top_p < 1:
+            scaled, ids = scaled.sort(-1, descending=True, stable=True)
+            if 0 < sampling.top_k < scaled.shape[-1]:
+                scaled, ids = scaled[:, :sampling.top_k], ids[:, :sampling.top_k]
+        # fp64: a cumulative sum over 150k fp32 probabilities would lose the tail
+        probs = torch.softmax(scaled.double(), -1)
+        cdf = probs.cumsum(-1)
+        if sampling.top_p < 1:                           # drop a token when those before it already hold top_p
+            cdf = probs.masked_fill_(cdf - probs >= sampling.top_p, 0).cumsum(-1)
+        choice = torch.searchsorted(cdf, uniforms.double()[:, None] * cdf[:, -1:], right=True)
+        choice.clamp_(max=cdf.shape[-1] - 1)
+        tokens = (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
+    return tokens, logps.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+class HFEngine:
+    """Rollouts with a transformers model: our own decode loop, since `model.generate` draws a whole batch from one generator
+    and goes on decoding rows that have ended."""
+
+    def __init__(self, model, dtype=torch.float32, max_rows=512):
+        self.live = model.dtype == dtype                 # share the weights, or keep a copy in the compute dtype
+        self.model = model if self.live else copy.deepcopy(model).to(dtype).eval()
+        self.max_rows = max_rows                         # rows decoded together: bounds the KV cache
+
+    @torch.no_grad()
+    def sync(self, model):
+        """Take over the weights of `model`."""
+        if not self.live:
+            for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
+                mine.copy_(theirs)
+
+    def generate(self, prompts, sampling, seeds):
+        """
+        [(tokens, logps, stop_reason)] for prompts (lists of ids) and one seed each: tokens include the stop id, logps are
+        full-softmax log-probs at T = 1, stop_reason is "stop" or "length". The same prompt and seed give the same tokens
+        whatever else is in the batch, but for a uniform number within rounding of a CDF step.
+        """
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))     # little padding
+        results = [None] * len(prompts)
+        for start in range(0, len(order), self.max_rows):
+            rows = order[start:start + self.max_rows]
+            for i, result in zip(rows, self._decode([prompts[i] for i in rows], sampling, [seeds[i] for i in rows])):
+                results[i] = result
+        return results
+
+    @torch.inference_mode()
+    def _decode(self, prompts, sampling, seeds):
+        model, device, limit = self.model, self.model.device, sampling.max_new_tokens
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)              # left-padded
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) + [1] * limit for p in prompts], device=device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        uniforms = torch.stack([torch.rand(limit, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
+        stops = torch.tensor(sampling.stop_ids, device=device)
+        head, cache = model.get_output_embeddings().weight[:sampling.vocab_size], DynamicCache(config=model.config)
+        tokens = torch.zeros(len(prompts), limit, dtype=torch.long, device=device)                            # (B, limit)
+        logps, lengths = torch.zeros(len(prompts), limit, device=device), [limit] * len(prompts)
+        stopped, alive, end = [False] * len(prompts), torch.arange(len(prompts), device=device), longest
+        for t in range(limit):
+            hidden = model.base_model(ids, attention_mask=mask[:, :end], position_ids=positions[:, end - ids.shape[1]:end],
+                                      past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+            new, logp = sample_tokens((hidden @ head.T).float(), uniforms[:, t], sampling)
+            tokens[alive, t], logps[alive, t] = new, logp
+            done = torch.isin(new, stops)
+            if done.any():
+                for row in alive[done].tolist():
+                    lengths[row], stopped[row] = t + 1, True
+                keep = (~done).nonzero().squeeze(-1)
+                if not len(keep):
+                    break
+                cache.batch_select_indices(keep)
+                new, alive, mask, positions, uniforms = (x[keep] for x in (new, alive, mask, positions, uniforms))
+            ids, end = new[:, None], end + 1
+        tokens, logps = tokens.tolist(), logps.tolist()
+        return [(tokens[i][:n], logps[i][:n], "stop" if stopped[i] else "length") for i, n in enumerate(lengths)]
+
+
+# ----------------------------------------------------------------------------------------------- forwards over responses
+
+def microbatches(lengths, max_tokens):
+    """
+    Lists of indices, longest sequences first (so that memory peaks at once), each with rows x longest <= max_tokens after
+    padding. A sequence longer than the budget makes a batch of its own.
+    """
+    batches = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def response_hidden(model, sequences):
+    """
+    Hidden states (N, H) after the final norm that predict each response token of the (prompt, response) sequences, in order:
+    those at positions len(prompt) - 1 ... len(prompt) + len(response) - 2.
+
+    Padded on the right and run without a mask: under causal attention no real token sees the padding, and positions, never
+    token ids, say what is a response.
+    """
+    device = model.device
+    width = max(len(p) + len(r) for p, r in sequences)
+    ids = torch.tensor([[*p, *r, *[0] * (width - len(p) - len(r))] for p, r in sequences], device=device)     # (B, T)
+    hidden = model.base_model(ids, use_cache=False).last_hidden_state                                         # (B, T, H)
+    where = [row * width + len(p) - 1 + t for row, (p, r) in enumerate(sequences) for t in range(len(r))]
+    return hidden.flatten(0, 1)[torch.tensor(where, dtype=torch.long, device=device)]
+
+
+# ----------------------------------------------------------------------------------------------------- grading, evaluation
+
+def grade(response, gold):
+    """
+    (verdict, reason): is the final answer of a response equal to `gold`? The last \\boxed{} counts, else what follows the last
+    "####". Equal means equal text after `normalise_answer`, or equal as numbers (0.5, 1/2, \\frac{1}{2}, 1,234).
+    """
+    answer = extract_answer(response)
+    if answer is None:
+        return False, "no answer"
+    a, b = normalise_answer(answer), normalise_answer(gold)
+    if a == b:
+        return True, "same text"
+    a, b = as_number(a), as_number(b)
+    return (True, "same number") if a is not None and a == b else (False, "different")
+
+
+def extract_answer(response):
+    """Text inside the last whole \\boxed{}, nested braces included; else what follows the last "####" on its line; else None."""
+    for match in reversed(list(re.finditer(r"\\boxed\s*\{", response))):
+        depth = 1
+        for i in range(match.end(), len(response)):
+            depth += (response[i] == "{") - (response[i] == "}")
+            if depth == 0:
+                return response[match.end():i]
+    tail = response.rpartition("####")[2].strip() if "####" in response else ""
+    return tail.splitlines()[0].strip() if tail else None
+
+
+def normalise_answer(text):
+    """Without what never changes an answer: $, spaces, \\text{}, a final full stop, thousands separators."""
+    text = re.sub(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", re.sub(r"\\[dt]frac", r"\\frac", text))
+    text = re.sub(r"\\[!,;: ]|\\left|\\right|[$\s]", "", text).rstrip(".")
+    return text.replace(",", "") if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", text) else text
+
+
+def as_number(text):
+    """Exact Fraction of 42, -0.5, 1/2 or \\frac{1}{2}; None for anything else."""
+    text = re.sub(r"\\frac\{([+-]?\d+)\}\{(\d+)\}", r"\1/\2", text)
+    try:
+        return Fraction(text) if len(text) < 100 else None
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def pass_at_k(n, correct, k):
+    """Unbiased estimate of P(at least one of k samples is right) from n samples: 1 - C(n - c, k) / C(n, k)."""
+    if not 0 < k <= n:
+        raise ValueError(f"k={k}: Pass@k needs 1 <= k <= n={n} samples per problem")
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def tokens_after_box(tokenizer, tokens):
+    """Response tokens after the one that completes the first "\\boxed"; None when there is no box."""
+    def boxed(n):
+        return "\\boxed" in tokenizer.decode(tokens[:n])
+    return len(tokens) - bisect.bisect_left(range(len(tokens)), True, key=lambda n: boxed(n + 1)) - 1 if boxed(len(tokens)) else None
+
+
+@torch.no_grad()
+def evaluate(engine, model, tokenizer, problems, prompts, sampling, samples, seed, max_tokens, rank=0, world=1):
+    """
+    Sample `samples` responses a problem and measure them. Returns (metrics, records); every rank gets all of both.
+
+    metrics: avg_at_k and pass_at_k over problems with an answer (k = samples; None without any), length in tokens, entropy =
+    mean over tokens of the model's full-softmax entropy at T = 1 (nats) on the responses sampled with `sampling`, truncated =
+    share of responses without a stop id, stop_reasons = shares, tokens_after_box, and the sampling settings themselves.
+    """
+    mine = [(i, j) for i in range(len(problems)) for j in range(samples)][rank::world]
+    rollouts = engine.generate([prompts[i] for i, _ in mine], sampling, [derive_seed(seed, "eval", i, j) for i, j in mine])
+    entropy = [0.0] * len(mine)
+    sequences = [(prompts[i], tokens) for (i, _), (tokens, _, _) in zip(mine, rollouts)]
+    for batch in microbatches([len(p) + len(r) for p, r in sequences], max_tokens):
+        hidden = response_hidden(model, [sequences[b] for b in batch])
+        targets = torch.tensor([t for b in batch for t in sequences[b][1]], device=hidden.device)
+        _, per_token = linear_logp(hidden, model.get_output_embeddings().weight[:sampling.vocab_size].to(hidden.dtype), targets)
+        for b, part in zip(batch, per_token.split([len(sequences[b][1]) for b in batch])):
+            entropy[b] = part.sum().item()
+    records = []
+    for (i, j), (tokens, _, reason), h in zip(mine, rollouts, entropy):
+        response, gold = tokenizer.decode(tokens, skip_special_tokens=True), problems[i]["answer"]
+        verdict, why = (None, "no reference answer") if gold is None else grade(response, gold)
+        stop = tokenizer.decode(tokens[-1:]) if reason == "stop" else reason
+        records.append({"index": i, "sample": j, "problem": problems[i]["problem"], "answer": gold, "response": response,
+                        "correct": verdict, "reason": why, "length": len(tokens), "entropy": h / len(tokens), "stop": stop,
+                        "tokens_after_box": tokens_after_box(tokenizer, tokens)})
+    records = sorted(all_gather(records), key=lambda r: (r["index"], r["sample"]))
+    graded = [sum(r["correct"] for r in records[i:i + samples]) for i in range(0, len(records), samples)
+              if records[i]["correct"] is not None]
+    tails = [r["tokens_after_box"] for r in records if r["tokens_after_box"] is not None]
+    stops = [r["stop"] for r in records]
+    tokens = sum(r["length"] for r in records)
+    return {
+        "avg_at_k": sum(graded) / (samples * len(graded)) if graded else None,
+        "pass_at_k": sum(pass_at_k(samples, c, samples) for c in graded) / len(graded) if graded else None,
+        "length": tokens / len(records),
+        "entropy": sum(r["entropy"] * r["length"] for r in records) / tokens,
+        "truncated": stops.count("length") / len(stops),
+        "stop_reasons": {stop: stops.count(stop) / len(stops) for stop in sorted(set(stops))},
+        "tokens_after_box": sum(tails) / len(tails) if tails else None,
+        "k": samples, "problems": len(problems), "temperature": sampling.temperature, "top_p": sampling.top_p,
+        "top_k": sampling.top_k, "max_new_tokens": sampling.max_new_tokens,
+    }, records
+
+
+# ------------------------------------------------------------------------------------------------------ logs, checkpoints
+
+def write_lines(path, rows, mode="a"):
+    """Rows as JSON lines. Numbers that are not finite become null: NaN is no JSON."""
+    def clean(x):
+        if isinstance(x, dict):
+            return {k: clean(v) for k, v in x.items()}
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+    with open(path, mode, encoding="utf-8") as file:
+        file.write("".join(json.dumps(clean(row)) + "\n" for row in rows))
+
+
+def read_lines(path):
+    """JSON lines; a last line cut short by a crash is dropped."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+COLUMNS = {"step": "step", "loss": "loss", "fwd": "forward_kl", "rev": "reverse_kl", "H_q": "student_entropy",
+           "H_p": "teacher_entropy", "len": "mean_length", "max": "max_length", "cut": "truncated_share", "grad": "grad_norm",
+           "tok/s": "tokens_per_second", "roll": "rollout_seconds", "tea": "teacher_seconds", "stu": "student_seconds",
+           "opt": "optimizer_seconds", "TFL": "tflops"}
+
+
+def print_row(row, header):
+    """One training step in 80 columns: every number in four characters."""
+    def short(x):
+        if x is None:
+            return "-"
+        text = f"{x:.3f}" if abs(x) < 10 else f"{x:.0f}"
+        return text.removeprefix("0")[:4] if abs(x) < 1e4 else f"{x / 1000:.0f}k" if abs(x) < 1e6 else f"{x:.0e}".replace("e+0", "e")
+    if header:
+        print(" ".join(f"{name:>4}" for name in COLUMNS))
+    print(f"{row['step']:>4}", *[f"{short(row[key]):>4}" for key in list(COLUMNS.values())[1:]], flush=True)
+
+
+class Timer:
+    """Seconds since the last lap, summed by name; on a GPU a lap waits for the device, so that they mean something."""
+
+    def __init__(self, device):
+        self.device, self.laps = device, {}
+        self.start = self.now = time.perf_counter()
+
+    def lap(self, name):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.laps[f"{name}_seconds"] = self.laps.get(f"{name}_seconds", 0.0) + now - self.now
+        self.now = now
+
+
+def prepare_out_dir(out_dir, resume, overwrite):
+    """Check `out_dir` before any work: returns the checkpoint to resume from, or None. Writes nothing."""
+    path = Path(out_dir)
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other: go on with the run, or throw it away")
+    if resume:
+        if not (path / "last" / "train_state.json").is_file():
+            raise UserError(f"nothing to resume in {path}: no checkpoint {path / 'last'}; start without --resume")
+        return path / "last"
+    if path.exists() and not path.is_dir():
+        raise UserError(f"out_dir={str(path)!r} is a file; choose another name")
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise UserError(f"out_dir={str(path)!r} exists: --resume goes on with that run, --overwrite deletes it")
+        if not (path / "config.json").is_file():
+            raise UserError(f"out_dir={str(path)!r} is no run folder (no config.json), so --overwrite will not delete it; "
+                            f"choose another name")
+    return None
+
+
+def save_checkpoint(out_dir, model, tokenizer, optimizer, state, best, keep):
+    """
+    Write out_dir/step_000040, from state["step"]: an ordinary model folder with its tokenizer, and beside it optimizer.safetensors and
+    train_state.json. Written to a temporary name and renamed. `last` (and `best`, if so) point to it; of the others the newest
+    `keep` stay. Call on rank 0.
+    """
+    out_dir, name = Path(out_dir), f"step_{state['step']:06d}"
+    temporary = out_dir / f".{name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    tensors = {}
+    for parameter_name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{parameter_name}/{key}"] = value.contiguous()
+    save_file(tensors, temporary / "optimizer.safetensors")
+    (temporary / "train_state.json").write_text(json.dumps(state, indent=1))
+    shutil.rmtree(out_dir / name, ignore_errors=True)
+    os.replace(temporary, out_dir / name)
+    for link in ["last", "best"] if best else ["last"]:
+        (out_dir / f".{link}.tmp").unlink(missing_ok=True)
+        os.symlink(name, out_dir / f".{link}.tmp")
+        os.replace(out_dir / f".{link}.tmp", out_dir / link)
+    pointed = {os.readlink(out_dir / link) for link in ("last", "best") if (out_dir / link).is_symlink()}
+    for old in sorted(out_dir.glob("step_*"))[:-keep]:
+        if old.name not in pointed:
+            shutil.rmtree(old)
+
+
+def read_train_state(checkpoint, script):
+    """train_state.json of a checkpoint this script wrote, or a UserError."""
+    try:
+        state = json.loads((Path(checkpoint) / "train_state.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{checkpoint} is damaged: train_state.json: {_first_line(error)}; resume from another step_* folder "
+                        f"by pointing `last` at it") from error
+    if state.get("script") != script:
+        raise UserError(f"{checkpoint} was written by {state.get('script')!r}, not by {script!r}; "
+                        f"start from its weights instead: --student={checkpoint}")
+    return state
+
+
+def load_optimizer(checkpoint, model, optimizer):
+    """Restore AdamW's moments, exactly. Raises UserError when the file is damaged or belongs to another model."""
+    path = Path(checkpoint) / "optimizer.safetensors"
+    try:
+        tensors = load_file(path)
+        by_parameter = {}
+        for i, (name, parameter) in enumerate(model.named_parameters()):
+            by_parameter[i] = {key: tensors.pop(f"{name}/{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            if by_parameter[i]["exp_avg"].shape != parameter.shape:
+                raise UserError(f"{path} belongs to another model: {name} is {tuple(by_parameter[i]['exp_avg'].shape)} there "
+                                f"and {tuple(parameter.shape)} here")
+    except (OSError, KeyError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path} is damaged or belongs to another model: {_first_line(error)}; resume from another step_* "
+                        f"folder by pointing `last` at it") from error
+    optimizer.load_state_dict({"state": by_parameter, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def run(main, doc, cls):
+    """Call main(argv) for a script: --help, and mistakes as one line on rank 0."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(doc, inspect.getsource(cls), sep="\n")
+        return
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
