@@ -75,13 +75,13 @@ def draw(runs, names, out):
 def table(runs):
     """Lines of a table in 80 columns; equal rows (the same base student in several runs) are printed once."""
     rows = {}
-    for label, (_, student, teacher) in runs.items():
+    for label, (_, student, _) in runs.items():
         if student:
             first, last = student[0], student[-1]
             rows.setdefault(("base student", first["avg_at_k"], first["length"]), ("base student", first))
             if last["step"] > first["step"]:
                 rows[label] = ("distilled student" if len(runs) == 1 else label, last)
-    for label, (_, _, teacher) in runs.items():
+    for _, _, teacher in runs.values():
         for e in teacher[-1:]:
             rows.setdefault(("teacher", e["avg_at_k"], e["length"]), ("teacher", e))
     if not rows:

@@ -36,10 +36,36 @@ import torch
 import torch.distributed as dist
 
 from kernels import linear_kl, linear_logp
-from utils import (HFEngine, Sampling, Timer, UserError, all_reduce, check_tokenizers, derive_seed, encode_prompt, evaluate,
-                   forward_flops, init_processes, load_config, load_model, load_optimizer, load_problems, load_tokenizer,
-                   microbatches, prepare_out_dir, print_config, print_row, prompt_order, read_lines, read_train_state,
-                   response_hidden, run, save_checkpoint, stop_ids, write_lines)
+from utils import (
+    HFEngine,
+    Sampling,
+    Timer,
+    UserError,
+    all_reduce,
+    check_tokenizers,
+    derive_seed,
+    encode_prompt,
+    evaluate,
+    forward_flops,
+    init_processes,
+    load_config,
+    load_model,
+    load_optimizer,
+    load_problems,
+    load_tokenizer,
+    microbatches,
+    prepare_out_dir,
+    print_config,
+    print_row,
+    prompt_order,
+    read_lines,
+    read_train_state,
+    response_hidden,
+    run,
+    save_checkpoint,
+    stop_ids,
+    write_lines,
+)
 
 
 @dataclasses.dataclass

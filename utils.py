@@ -34,7 +34,6 @@ from transformers.utils import logging as transformers_logging
 
 from kernels import linear_logp
 
-
 transformers_logging.disable_progress_bar()
 
 
@@ -42,7 +41,7 @@ class UserError(ValueError):
     """A mistake the user can mend. The message names the value, the limit and the remedy; scripts print it as one line."""
 
 
-# ----------------------------------------------------------------------------------------------------------------- config
+# -------------------------------------------------------------------------------------------------------------- config
 
 def load_config(cls, argv):
     """
@@ -129,7 +128,7 @@ def print_config(cfg, origin):
         print(f"  {field.name:<26} {value!r}{mark}")
 
 
-# ---------------------------------------------------------------------------------------------------- processes and seeds
+# ------------------------------------------------------------------------------------------------- processes and seeds
 
 def init_processes():
     """(rank, world size, device), under torchrun or alone; NCCL on GPUs, gloo on CPUs."""
@@ -173,7 +172,7 @@ def prompt_order(n, start, count, seed):
     return order[:count]
 
 
-# ---------------------------------------------------------------------------------------------------------------- prompts
+# ------------------------------------------------------------------------------------------------------------- prompts
 
 def load_problems(path):
     """
@@ -218,7 +217,7 @@ def encode_prompt(tokenizer, problem):
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-# ------------------------------------------------------------------------------------------------- models and tokenizers
+# ----------------------------------------------------------------------------------------------- models and tokenizers
 
 def load_tokenizer(path):
     """The tokenizer of a local folder or hub name. Raises UserError when it is missing."""
@@ -300,7 +299,7 @@ def forward_flops(config, lengths):
     return sum(n * (dense + attention * n) for n in lengths)
 
 
-# --------------------------------------------------------------------------------------------------------------- rollouts
+# ------------------------------------------------------------------------------------------------------------ rollouts
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -326,7 +325,7 @@ def sample_tokens(logits, uniforms, sampling):
         scaled = logits / sampling.temperature
         ids = None
         if sampling.top_k or sampling.top_p < 1:
-            scaled, ids = scaled.sort(-1, descending=True, stable=True)
+            scaled, ids = scaled.sort(dim=-1, descending=True, stable=True)
             if 0 < sampling.top_k < scaled.shape[-1]:
                 scaled, ids = scaled[:, :sampling.top_k], ids[:, :sampling.top_k]
         # fp64: a cumulative sum over 150k fp32 probabilities would lose the tail
@@ -402,7 +401,7 @@ class HFEngine:
         return [(tokens[i][:n], logps[i][:n], "stop" if stopped[i] else "length") for i, n in enumerate(lengths)]
 
 
-# ----------------------------------------------------------------------------------------------- forwards over responses
+# --------------------------------------------------------------------------------------------- forwards over responses
 
 def microbatches(lengths, max_tokens):
     """
@@ -434,7 +433,7 @@ def response_hidden(model, sequences):
     return hidden.flatten(0, 1)[torch.tensor(where, dtype=torch.long, device=device)]
 
 
-# ----------------------------------------------------------------------------------------------------- grading, evaluation
+# ------------------------------------------------------------------------------------------------- grading, evaluation
 
 def grade(response, gold):
     """
@@ -452,7 +451,7 @@ def grade(response, gold):
 
 
 def extract_answer(response):
-    """Text inside the last whole \\boxed{}, nested braces included; else what follows the last "####" on its line; else None."""
+    """Text inside the last whole \\boxed{}, nested braces included; else the rest of the line after the last "####"; else None."""
     for match in reversed(list(re.finditer(r"\\boxed\s*\{", response))):
         depth = 1
         for i in range(match.end(), len(response)):
@@ -491,7 +490,9 @@ def tokens_after_box(tokenizer, tokens):
     """Response tokens after the one that completes the first "\\boxed"; None when there is no box."""
     def boxed(n):
         return "\\boxed" in tokenizer.decode(tokens[:n])
-    return len(tokens) - bisect.bisect_left(range(len(tokens)), True, key=lambda n: boxed(n + 1)) - 1 if boxed(len(tokens)) else None
+    if not boxed(len(tokens)):
+        return None
+    return len(tokens) - bisect.bisect_left(range(len(tokens) + 1), True, key=boxed)
 
 
 @torch.no_grad()
@@ -540,7 +541,7 @@ def evaluate(engine, model, tokenizer, problems, prompts, sampling, samples, see
     }, records
 
 
-# ------------------------------------------------------------------------------------------------------ logs, checkpoints
+# --------------------------------------------------------------------------------------------------- logs, checkpoints
 
 def write_lines(path, rows, mode="a"):
     """Rows as JSON lines. Numbers that are not finite become null: NaN is no JSON."""
@@ -575,7 +576,7 @@ def print_row(row, header):
         if x is None:
             return "-"
         text = f"{x:.3f}" if abs(x) < 10 else f"{x:.0f}"
-        return text.removeprefix("0")[:4] if abs(x) < 1e4 else f"{x / 1000:.0f}k" if abs(x) < 1e6 else f"{x:.0e}".replace("e+0", "e")
+        return text.removeprefix("0")[:4] if abs(x) < 1e4 else f"{x / 1000:.0f}k"
     if header:
         print(" ".join(f"{name:>4}" for name in COLUMNS))
     print(f"{row['step']:>4}", *[f"{short(row[key]):>4}" for key in list(COLUMNS.values())[1:]], flush=True)
@@ -618,8 +619,8 @@ def prepare_out_dir(out_dir, resume, overwrite):
 
 def save_checkpoint(out_dir, model, tokenizer, optimizer, state, best, keep):
     """
-    Write out_dir/step_000040, from state["step"]: an ordinary model folder with its tokenizer, and beside it optimizer.safetensors and
-    train_state.json. Written to a temporary name and renamed. `last` (and `best`, if so) point to it; of the others the newest
+    Write out_dir/step_000040, from state["step"]: an ordinary model folder with its tokenizer, and beside it
+    optimizer.safetensors and train_state.json. Written to a temporary name and renamed. `last` (and `best`, if so) point to it; of the others the newest
     `keep` stay. Call on rank 0.
     """
     out_dir, name = Path(out_dir), f"step_{state['step']:06d}"

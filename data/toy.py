@@ -43,11 +43,11 @@ STUDENT_STOP, TEACHER_STOP = SPECIAL[0], SPECIAL[3]
 CHAT_TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
                  "{% if m['role'] == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
                  "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-TEACHER = dict(hidden_size=128, num_hidden_layers=3, vocab_size=288, lr=2e-3, steps=1800, stop=TEACHER_STOP)
-STUDENT = dict(hidden_size=64, num_hidden_layers=2, vocab_size=272, lr=2e-3, steps=900, stop=STUDENT_STOP)
+TEACHER = dict(hidden_size=96, num_hidden_layers=3, vocab_size=288, lr=2e-3, steps=1500, stop=TEACHER_STOP)
+STUDENT = dict(hidden_size=64, num_hidden_layers=2, vocab_size=272, lr=2e-3, steps=1300, stop=STUDENT_STOP)
 
 
-# ---------------------------------------------------------------------------------------------------------------- problems
+# ------------------------------------------------------------------------------------------------------------ problems
 
 def solve(digits, rng):
     """One random solution: running sums modulo 10 in a random order, redone with probability REDO, then the box."""
@@ -79,7 +79,7 @@ def make_problems(train=3000, test=256, seed=SEED):
     return files
 
 
-# --------------------------------------------------------------------------------------------------------------- tokenizer
+# ----------------------------------------------------------------------------------------------------------- tokenizer
 
 def make_encoding():
     """Bytes, then one merge, "\\boxed{", then the special tokens: any text at all can be encoded."""
@@ -110,13 +110,14 @@ def bytes_to_unicode():
     return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
-# ------------------------------------------------------------------------------------------------------------------ models
+# -------------------------------------------------------------------------------------------------------------- models
 
 def make_model(hidden_size, num_hidden_layers, vocab_size, eos_token_id):
     config = Qwen3Config(
         hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, vocab_size=vocab_size, head_dim=32,
-        num_attention_heads=hidden_size // 32, num_key_value_heads=hidden_size // 64, intermediate_size=3 * hidden_size,
-        max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None, eos_token_id=eos_token_id)
+        num_attention_heads=hidden_size // 32, num_key_value_heads=1, intermediate_size=3 * hidden_size,
+        max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None, eos_token_id=eos_token_id,
+        initializer_range=1 / math.sqrt(hidden_size))    # with the usual 0.02 a model this narrow stays on a plateau
     return Qwen3ForCausalLM(config)
 
 
@@ -141,6 +142,7 @@ def pretrain(spec, steps, batch_size=64, seed=SEED, digits=tuple(TRAIN_DIGITS)):
                     prompt = encoding.encode(f"<|user|>{'+'.join(map(str, numbers))}?<|assistant|>", allowed_special="all")
                     drawn.append((prompt, [*encoding.encode(solve(numbers, rng)), stop]))
             drawn.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+            tokens_per_batch = sum(len(response) for _, response in drawn) / 16
             pool = [drawn[i:i + batch_size] for i in range(0, len(drawn), batch_size)]
             rng.shuffle(pool)
         inputs, targets = zip(*[(torch.tensor(p + r[:-1]), torch.tensor([-100] * (len(p) - 1) + r)) for p, r in pool.pop()])
@@ -148,7 +150,8 @@ def pretrain(spec, steps, batch_size=64, seed=SEED, digits=tuple(TRAIN_DIGITS)):
         targets = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100)
         for group in optimizer.param_groups:             # warm-up, then cosine to a tenth
             group["lr"] = spec["lr"] * min((step + 1) / 50, 0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
-        loss = F.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten())
+        # over a constant, not this batch's tokens: a mean would give short responses more weight
+        loss = F.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten(), reduction="sum") / tokens_per_batch
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

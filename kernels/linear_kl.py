@@ -67,7 +67,7 @@ def _check(name, h, W):
                          f"they should be (N, H) and (V, H)")
 
 
-# -------------------------------------------------------------------------------------------------- GEMMs with fp32 results
+# --------------------------------------------------------------------------------------------- GEMMs with fp32 results
 
 def _compute_copy(W, dtype):
     """The LM head as the GEMMs read it: in the compute dtype on a GPU, as it is on a CPU (upcast a tile at a time)."""
@@ -107,7 +107,7 @@ def _blocks(C, V, device):
     return [slice(i, min(i + rows, C)) for i in range(0, C, rows)]
 
 
-# ----------------------------------------------------------------------------------------------------------- row mathematics
+# ----------------------------------------------------------------------------------------------------- row mathematics
 
 def _log_softmax_(z, temperature):
     """In place. z - max and log(sum) are kept apart: one combined logsumexp costs the entropy its precision."""
