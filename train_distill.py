@@ -158,7 +158,7 @@ def main(argv):
     rank, world, device = init_processes()
     validate(cfg, world)
     chief = rank == 0                                    # the rank that prints and writes
-    checkpoint = prepare_out_dir(cfg.out_dir, cfg.resume, cfg.overwrite)
+    checkpoint = prepare_out_dir(cfg.out_dir, cfg.resume, cfg.overwrite, (cfg.student, cfg.teacher, cfg.prompts, cfg.eval_data))
     state = {"script": "train_distill", "student": cfg.student, "step": 0, "tflops": 0.0, "best": -1.0}
     if checkpoint:
         state = read_train_state(checkpoint, "train_distill")
@@ -211,7 +211,7 @@ def main(argv):
             shutil.rmtree(cfg.out_dir, ignore_errors=True)
         os.makedirs(cfg.out_dir, exist_ok=True)
         print_config(cfg, origin)
-        with open(os.path.join(cfg.out_dir, "config.json"), "w") as file:
+        with open(os.path.join(cfg.out_dir, "run_config.json"), "w") as file:
             json.dump(dataclasses.asdict(cfg), file, indent=1)
         done = [row for row in read_lines(metrics_file) if row["step"] <= state["step"]] if checkpoint else []
         write_lines(metrics_file, done, mode="w")        # steps after the checkpoint are taken again
@@ -242,7 +242,8 @@ def main(argv):
                 is_best = step > 0 and score is not None and score > state["best"]
                 state["best"] = score if is_best else state["best"]
             if chief and step > 0 and (is_best or step % cfg.save_every == 0 or step == cfg.max_steps):
-                save_checkpoint(cfg.out_dir, student, tokenizer, optimizer, {**state, "step": step}, is_best, cfg.keep)
+                save_checkpoint(cfg.out_dir, student, tokenizer, optimizer, {**state, "step": step, "config": dataclasses.asdict(cfg)},
+                                is_best, cfg.keep)
         if step == cfg.max_steps:
             break
 
@@ -325,7 +326,8 @@ def main(argv):
                    "mean_length": all_tokens / max(1, all_sequences), "max_length": longest,
                    "truncated_share": truncated / cfg.batch_size, "grad_norm": grad_norm.item(),
                    "learning_rate": optimizer.param_groups[0]["lr"], "tokens": int(all_tokens),
-                   "tokens_per_second": all_tokens / sum(timer.laps.values()), **timer.laps, "tflops": state["tflops"],
+                   "tokens_per_second": all_tokens / sum(timer.laps.values()), "teacher_seconds": 0.0, **timer.laps,
+                   "tflops": state["tflops"],
                    "tflops_teacher_writing": writer_flops / 1e12 if cfg.prefix == "teacher" else 0.0}
             write_lines(metrics_file, [row])
             print_row(row, header=step % 20 == 0 or step == state["step"])

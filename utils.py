@@ -272,8 +272,8 @@ def check_tokenizers(student, teacher):
             raise UserError(f"incompatible tokenizers: id {i} is {a[i]!r} for the student and {b[i]!r} for the teacher; "
                             f"choose a teacher from the student's family")
     if (missing := min(len(a), len(b)) - len(a.keys() & b.keys())) > 0:
-        raise UserError(f"incompatible tokenizers: {missing} ids of the smaller one ({len(a)} for the student, {len(b)} for the "
-                        f"teacher) are unknown to the other; choose a teacher from the student's family")
+        raise UserError(f"incompatible tokenizers: {missing} ids of the smaller one ({len(a)} for the student, {len(b)} for "
+                        f"the teacher) are unknown to the other; choose a teacher from the student's family")
 
 
 def stop_ids(model, tokenizer):
@@ -451,7 +451,7 @@ def grade(response, gold):
 
 
 def extract_answer(response):
-    """Text inside the last whole \\boxed{}, nested braces included; else the rest of the line after the last "####"; else None."""
+    """Text in the last whole \\boxed{}, nested braces included; else the rest of the line after the last "####"; else None."""
     for match in reversed(list(re.finditer(r"\\boxed\s*\{", response))):
         depth = 1
         for i in range(match.end(), len(response)):
@@ -597,8 +597,8 @@ class Timer:
         self.now = now
 
 
-def prepare_out_dir(out_dir, resume, overwrite):
-    """Check `out_dir` before any work: returns the checkpoint to resume from, or None. Writes nothing."""
+def prepare_out_dir(out_dir, resume, overwrite, inputs=()):
+    """Check `out_dir` before any work: returns the checkpoint to resume from, or None. Writes nothing. `inputs`: paths read."""
     path = Path(out_dir)
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other: go on with the run, or throw it away")
@@ -611,17 +611,20 @@ def prepare_out_dir(out_dir, resume, overwrite):
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             raise UserError(f"out_dir={str(path)!r} exists: --resume goes on with that run, --overwrite deletes it")
-        if not (path / "config.json").is_file():
-            raise UserError(f"out_dir={str(path)!r} is no run folder (no config.json), so --overwrite will not delete it; "
+        if not (path / "run_config.json").is_file():
+            raise UserError(f"out_dir={str(path)!r} is no run folder (no run_config.json), so --overwrite will not delete it; "
                             f"choose another name")
+        for name in inputs:
+            if name and path.resolve() in Path(name).resolve().parents:
+                raise UserError(f"--overwrite would delete {name}, which this run reads; choose another out_dir")
     return None
 
 
 def save_checkpoint(out_dir, model, tokenizer, optimizer, state, best, keep):
     """
     Write out_dir/step_000040, from state["step"]: an ordinary model folder with its tokenizer, and beside it
-    optimizer.safetensors and train_state.json. Written to a temporary name and renamed. `last` (and `best`, if so) point to it; of the others the newest
-    `keep` stay. Call on rank 0.
+    optimizer.safetensors and train_state.json. Written to a temporary name and renamed. `last` (and `best`, if so) point to
+    it; of the others the newest `keep` stay. Call on rank 0.
     """
     out_dir, name = Path(out_dir), f"step_{state['step']:06d}"
     temporary = out_dir / f".{name}.tmp"
@@ -630,7 +633,7 @@ def save_checkpoint(out_dir, model, tokenizer, optimizer, state, best, keep):
     tokenizer.save_pretrained(temporary)
     tensors = {}
     for parameter_name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
+        for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{parameter_name}/{key}"] = value.contiguous()
     save_file(tensors, temporary / "optimizer.safetensors")
     (temporary / "train_state.json").write_text(json.dumps(state, indent=1))

@@ -43,8 +43,12 @@ STUDENT_STOP, TEACHER_STOP = SPECIAL[0], SPECIAL[3]
 CHAT_TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
                  "{% if m['role'] == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
                  "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-TEACHER = dict(hidden_size=96, num_hidden_layers=3, vocab_size=288, lr=2e-3, steps=1500, stop=TEACHER_STOP)
-STUDENT = dict(hidden_size=64, num_hidden_layers=2, vocab_size=272, lr=2e-3, steps=1300, stop=STUDENT_STOP)
+SPECS = {
+    "student": dict(hidden_size=64, num_hidden_layers=2, num_key_value_heads=2, vocab_size=272, stop=STUDENT_STOP,
+                    steps=1200, decay=False),            # stopped in mid-flight, at its full learning rate: room to grow
+    "teacher": dict(hidden_size=128, num_hidden_layers=3, num_key_value_heads=1, vocab_size=288, stop=TEACHER_STOP,
+                    steps=2400, decay=True),
+}
 
 
 # ------------------------------------------------------------------------------------------------------------ problems
@@ -112,25 +116,26 @@ def bytes_to_unicode():
 
 # -------------------------------------------------------------------------------------------------------------- models
 
-def make_model(hidden_size, num_hidden_layers, vocab_size, eos_token_id):
+def make_model(hidden_size, num_hidden_layers, num_key_value_heads, vocab_size, eos_token_id):
     config = Qwen3Config(
         hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, vocab_size=vocab_size, head_dim=32,
-        num_attention_heads=hidden_size // 32, num_key_value_heads=1, intermediate_size=3 * hidden_size,
+        num_attention_heads=hidden_size // 32, num_key_value_heads=num_key_value_heads, intermediate_size=3 * hidden_size,
         max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None, eos_token_id=eos_token_id,
         initializer_range=1 / math.sqrt(hidden_size))    # with the usual 0.02 a model this narrow stays on a plateau
     return Qwen3ForCausalLM(config)
 
 
-def pretrain(spec, steps, batch_size=64, seed=SEED, digits=tuple(TRAIN_DIGITS)):
+def pretrain(spec, batch_size=64, seed=SEED, digits=tuple(TRAIN_DIGITS), learning_rate=2e-3):
     """Next-token cross-entropy on fresh solutions of problems outside the test sets. Returns (model, last loss in nats)."""
+    steps = spec["steps"]
     encoding = make_encoding()
     stop = encoding.encode_single_token(spec["stop"])
     held_out = {tuple(sorted(row["problem"][:-1].split("+"))) for name, rows in make_problems().items()
                 if name != "train" for row in rows}
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    model = make_model(spec["hidden_size"], spec["num_hidden_layers"], spec["vocab_size"], stop)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=spec["lr"], betas=(0.9, 0.95), weight_decay=0.01)
+    model = make_model(spec["hidden_size"], spec["num_hidden_layers"], spec["num_key_value_heads"], spec["vocab_size"], stop)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     pool = []
     bar = trange(steps, desc=f"pretraining {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters")
     for step in bar:
@@ -148,8 +153,9 @@ def pretrain(spec, steps, batch_size=64, seed=SEED, digits=tuple(TRAIN_DIGITS)):
         inputs, targets = zip(*[(torch.tensor(p + r[:-1]), torch.tensor([-100] * (len(p) - 1) + r)) for p, r in pool.pop()])
         inputs = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True)
         targets = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100)
-        for group in optimizer.param_groups:             # warm-up, then cosine to a tenth
-            group["lr"] = spec["lr"] * min((step + 1) / 50, 0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
+        for group in optimizer.param_groups:             # warm-up, then constant or cosine to a tenth
+            decay = 0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)) if spec["decay"] else 1.0
+            group["lr"] = learning_rate * min((step + 1) / 50, decay)
         # over a constant, not this batch's tokens: a mean would give short responses more weight
         loss = F.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten(), reduction="sum") / tokens_per_batch
         optimizer.zero_grad()
@@ -167,9 +173,10 @@ def main():
     ROOT.mkdir(exist_ok=True)
     for name, rows in make_problems().items():
         (ROOT / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, spec in [("student", STUDENT), ("teacher", TEACHER)]:
+    torch.set_num_threads(1)                             # the same rounding, so the same weights, on any number of cores
+    for name, spec in SPECS.items():
         if args.rebuild:
-            model, _ = pretrain(spec, spec["steps"])
+            model, _ = pretrain(spec)
             model.to(torch.bfloat16).save_pretrained(ROOT / name)
         export_tokenizer(make_encoding(), spec["stop"]).save_pretrained(ROOT / name)
 

@@ -8,7 +8,6 @@ import utils
 from kernels import linear_kl
 from utils import HFEngine, Sampling
 
-
 # ------------------------------------------------------------------------------------------------------------------- sampler
 
 @pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.0, 0.8, 0), (1.0, 1.0, 5), (0.7, 0.9, 8)])

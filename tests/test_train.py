@@ -1,0 +1,315 @@
+"""train_distill.py for real steps, with numbers: cells, invariances, resume, processes, mistakes."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import SHORT, STOPS
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train_distill
+import utils
+from kernels import linear_kl
+
+CELLS = {"toy_sft": ("teacher", 0.0), "toy_offline": ("teacher", 1.0), "toy_dagger": ("student", 0.0), "toy_opd": ("student", 1.0),
+         "toy_mix": ("student", 0.2)}
+
+
+def steps(rows):
+    return [row for row in rows if "loss" in row]
+
+
+def weights(run, step="last"):
+    return load_file(run / step / "model.safetensors"), load_file(run / step / "optimizer.safetensors")
+
+
+def same(a, b, tolerance=0.0):
+    assert a.keys() == b.keys()
+    return all((a[k] - b[k]).abs().max() <= tolerance for k in a)
+
+
+# --------------------------------------------------------------------------------------------------------------------- cells
+
+@pytest.mark.parametrize("name", CELLS)
+def test_cells(train, name):
+    """Each corner trains on its own prefixes and direction: loss = lam reverse + (1 - lam) forward on the same tokens."""
+    prefix, lam = CELLS[name]
+    rows, run = train(f"configs/{name}.py", "--max_steps=2")
+    config = json.loads((run / "run_config.json").read_text())
+    assert (config["prefix"], config["reverse_weight"]) == (prefix, lam)
+    for row in steps(rows):
+        assert row["loss"] == pytest.approx(lam * row["reverse_kl"] + (1 - lam) * row["forward_kl"], rel=1e-5)
+        assert 0.05 < row["forward_kl"] < 2 and 0.05 < row["reverse_kl"] < 2 and row["max_length"] <= 24
+        assert row["student_entropy"] > row["teacher_entropy"] > 0.05
+        assert (row["tflops_teacher_writing"] > 0) == (prefix == "teacher")
+
+
+def test_prefix_source(train, monkeypatch, teacher, student):
+    """What the loss is taken on was written by the model that `prefix` names: its own log-probs are the higher ones."""
+    seen, plain = [], train_distill.response_hidden
+    monkeypatch.setattr(train_distill, "response_hidden", lambda model, batch: seen.append(batch) or plain(model, batch))
+    gaps = []
+    for name in ("toy_sft", "toy_opd"):
+        seen.clear()
+        train(f"configs/{name}.py", "--max_steps=1", "--batch_size=32", "--max_new_tokens=64")
+        with torch.no_grad():
+            scores = [sum(m(torch.tensor([p + r])).logits[0, len(p) - 1:-1, :272].log_softmax(-1).gather(
+                1, torch.tensor(r)[:, None]).sum() for batch in seen[::2] for p, r in batch) for m in (teacher, student)]
+        gaps.append((scores[0] - scores[1]).item())
+    assert gaps[0] > 0 > gaps[1]
+
+
+def test_hard_labels(train, student):
+    """teacher=None: cross-entropy on the file's solutions, here recomputed from logits."""
+    rows, run = train("configs/toy_hard_sft.py", "--max_steps=1", "--max_new_tokens=200")
+    order = utils.prompt_order(3000, 0, 8, 42)
+    tok = AutoTokenizer.from_pretrained("data/toy/student")
+    problems, total, count = utils.load_problems("data/toy/train.jsonl"), 0.0, 0
+    for i in order:
+        prompt = utils.encode_prompt(tok, problems[i]["problem"])
+        response = tok.encode(problems[i]["solution"], add_special_tokens=False) + [STOPS[0]]
+        with torch.no_grad():
+            log_q = student(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1].log_softmax(-1)
+        total, count = total - log_q.gather(1, torch.tensor(response)[:, None]).sum().item(), count + len(response)
+    assert rows[0]["loss"] == pytest.approx(total / count, abs=1e-5) and rows[0]["tokens"] == count
+
+
+def test_loss_does_not_depend_on_microbatches(train):
+    runs = [train("configs/toy_opd.py", "--max_steps=3", f"--max_tokens_per_microbatch={budget}") for budget in (40, 200, 9999)]
+    for rows, run in runs[1:]:
+        for a, b in zip(steps(rows), steps(runs[0][0])):
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-6) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert same(weights(run)[0], weights(runs[0][1])[0], 2e-6)
+
+
+def test_loss_norm(train, monkeypatch):
+    """"token": mean over all tokens of the step. "sequence": mean of per-sequence means. From the per-token numbers."""
+    for norm in ("token", "sequence"):
+        per_token, lengths = [], []
+
+        def spy(*args, per_token=per_token):
+            out = linear_kl(*args)
+            per_token.append(out[2])
+            return out
+        plain = utils.response_hidden
+
+        def spy_hidden(model, batch, lengths=lengths, plain=plain):
+            lengths.append([len(r) for _, r in batch])
+            return plain(model, batch)
+        monkeypatch.setattr(train_distill, "linear_kl", spy)
+        monkeypatch.setattr(train_distill, "response_hidden", spy_hidden)
+        rows, _ = train("configs/toy_opd.py", "--max_steps=1", "--max_new_tokens=64", f"--loss_norm={norm}")
+        parts = [part for rows_, ns in zip(per_token, lengths[::2]) for part in rows_.split(ns)]
+        assert len({len(part) for part in parts}) > 1
+        expected = torch.cat(parts).mean() if norm == "token" else torch.stack([part.mean() for part in parts]).mean()
+        assert rows[0]["loss"] == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_learns(train, student, teacher, prompts):
+    """20 steps of on-policy distillation: reverse KL on held-out student rollouts falls by a third at least (seen: 0.47)."""
+    def held_out_reverse_kl(model):
+        rollouts = utils.HFEngine(model).generate(prompts[:48], utils.Sampling(64, STOPS, vocab_size=272), list(range(48)))
+        batch = [(p, tokens) for p, (tokens, _, _) in zip(prompts, rollouts)]
+        with torch.no_grad():
+            h, h_t = utils.response_hidden(model, batch), utils.response_hidden(teacher, batch)
+            return linear_kl(h, model.lm_head.weight, h_t, teacher.lm_head.weight, torch.ones(len(h)), 1.0)[2].mean().item()
+    _, run = train("configs/toy_opd.py", "--max_steps=20", "--batch_size=32", "--max_new_tokens=48", "--warmup_steps=2")
+    before, after = held_out_reverse_kl(student), held_out_reverse_kl(utils.load_model(str(run / "last"), torch.float32))
+    assert after < 2 / 3 * before, (before, after)
+
+
+# ------------------------------------------------------------------------------------------------- resume, processes, checkpoints
+
+def test_resume_is_exact(train):
+    """6 steps = 3 + resume + 3, bit for bit: weights, optimiser, metrics; and evaluations are not repeated."""
+    options = ("--eval_every=2", "--eval_prompts=4", "--eval_samples=2", "--eval_max_new_tokens=24", "--eval_teacher=False")
+    whole, a = train("configs/toy_opd.py", "--max_steps=6", *options)
+    _, b = train("configs/toy_opd.py", "--max_steps=3", *options)
+    with open(b / "metrics.jsonl", "a") as file:         # a crash left a later step and half a line behind
+        file.write('{"step": 4, "loss": 9.0}\n{"step": 5, "lo')
+    resumed, _ = train("configs/toy_opd.py", "--max_steps=6", "--resume", *options, out=b)
+    for x, y in zip(weights(a), weights(b)):
+        assert same(x, y)
+    timing = re.compile("seconds|per_second")
+    strip = [[{k: v for k, v in row.items() if not timing.search(k)} for row in rows if row["step"] != 3 or "loss" in row]
+             for rows in (whole, resumed)]
+    assert strip[0] == strip[1]                          # step 3 was the end of the first part, so it was evaluated too
+
+
+def test_two_processes_equal_one(train, tmp_path):
+    """Five steps: the same losses to 1e-5 and the same weights to 2e-5, with an evaluation in between."""
+    options = ["--max_steps=5", "--eval_every=5", "--eval_prompts=3", "--eval_samples=2", "--eval_max_new_tokens=24",
+               "--eval_teacher=False"]
+    one, a = train("configs/toy_opd.py", *options)
+    b = tmp_path / "two"
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_distill.py",
+                    "configs/toy_opd.py", *SHORT, *options, f"--out_dir={b}"], check=True, capture_output=True, timeout=300)
+    two = utils.read_lines(b / "metrics.jsonl")
+    assert len(two) == len(one) == 7
+    for x, y in zip(one, two):
+        for key in ("loss", "forward_kl", "student_entropy", "grad_norm", "entropy"):
+            assert x.get(key) == pytest.approx(y.get(key), abs=1e-5)
+        for key in ("tokens", "max_length", "tflops", "avg_at_k", "length"):
+            assert x.get(key) == y.get(key)
+    assert same(weights(a)[0], weights(b)[0], 2e-5)
+
+
+def test_checkpoints(train):
+    rows, run = train("configs/toy_opd.py", "--max_steps=5", "--save_every=1", "--keep=2", "--eval_every=1", "--eval_prompts=4",
+                      "--eval_samples=2", "--eval_max_new_tokens=40", "--eval_teacher=False")
+    scores = [row["avg_at_k"] for row in rows if "avg_at_k" in row][1:]
+    best = f"step_{scores.index(max(scores)) + 1:06d}"
+    assert os.readlink(run / "last") == "step_000005" and os.readlink(run / "best") == best
+    assert {p.name for p in run.glob("step_*")} == {"step_000004", "step_000005", best}
+    assert not list(run.glob(".*tmp"))
+    model, tok = AutoModelForCausalLM.from_pretrained(run / "last"), AutoTokenizer.from_pretrained(run / "last")
+    assert model.dtype == torch.float32 and model.generation_config.eos_token_id == [257, 260]
+    assert tok.apply_chat_template([{"role": "user", "content": "1+2?"}], tokenize=False, add_generation_prompt=True) \
+        == "<|user|>1+2?<|assistant|>"
+    samples = utils.read_lines(run / "samples_student_000005.jsonl")
+    assert len(samples) == 8 and {"problem", "response", "correct", "stop", "tokens_after_box"} <= samples[0].keys()
+
+
+def test_nonfinite_loss_stops(train, monkeypatch, tmp_path):
+    """A NaN in step 3: the step is named, the batch saved, the checkpoint of step 2 still loads and resumes."""
+    calls, plain = [], train_distill.linear_kl
+
+    def broken(*args):
+        loss, *stats = plain(*args)
+        calls.append(1)
+        return (loss * float("nan") if len(calls) == 3 else loss), *stats
+    monkeypatch.setattr(train_distill, "linear_kl", broken)
+    out = tmp_path / "nan"
+    options = ("configs/toy_opd.py", "--max_steps=4", "--save_every=2", "--max_tokens_per_microbatch=9999")
+    with pytest.raises(utils.UserError, match="step 3: loss nan"):
+        train(*options, out=out)
+    batch = utils.read_lines(out / "nonfinite_step_000003_rank_0.jsonl")
+    assert len(batch) == 8 and set(batch[0]) == {"prompt_ids", "response_ids"}
+    monkeypatch.setattr(train_distill, "linear_kl", plain)
+    rows, _ = train(*options, "--resume", out=out)
+    assert [row["step"] for row in steps(rows)] == [1, 2, 3, 4] and all(row["loss"] > 0 for row in steps(rows))
+
+
+def test_step_without_a_token(train, tmp_path):
+    """Hard-label SFT on empty solutions, horizon 1 ... and a step in which nothing can be learned is logged and passed."""
+    monkey = tmp_path / "empty.jsonl"
+    monkey.write_text(json.dumps({"problem": "1+2?", "answer": "3", "solution": ""}) + "\n")
+    rows, _ = train("configs/toy_hard_sft.py", f"--prompts={monkey}", "--max_steps=1", "--max_new_tokens=1")
+    assert rows[0]["tokens"] == 8                        # each response is its stop token
+    plain = utils.HFEngine.generate
+    utils.HFEngine.generate = lambda self, prompts, *_: [([], [], "length") for _ in prompts]
+    try:
+        rows, run = train("configs/toy_opd.py", "--max_steps=2")
+    finally:
+        utils.HFEngine.generate = plain
+    assert [row["loss"] for row in rows] == [0.0, 0.0] and [row["tokens"] for row in rows] == [0, 0]
+
+
+def test_real_problems(train, tmp_path):
+    """GSM8K's format, byte by byte: the toy models cannot solve it, and the pipeline does not care."""
+    path = tmp_path / "gsm8k.jsonl"
+    path.write_text("".join(json.dumps({"question": f"Ann has {i} pens — “blue” ones, and buys {i} more. How many pens?",
+                                        "answer": f"{i}+{i}=<<{i}+{i}={2 * i}>>{2 * i} pens\n#### {2 * i}"}) + "\n" for i in range(9)))
+    rows, _ = train("configs/toy_opd.py", f"--prompts={path}", f"--eval_data={path}", "--max_steps=2", "--eval_every=2",
+                    "--eval_max_new_tokens=20", "--eval_samples=1", "--eval_teacher=False")
+    assert len(steps(rows)) == 2 and all(row["loss"] > 0 for row in steps(rows))
+    rows, _ = train("configs/toy_hard_sft.py", f"--prompts={path}", "--max_steps=1", "--max_new_tokens=100")
+    assert rows[0]["tokens"] > 8 * 20
+
+
+# ------------------------------------------------------------------------------------------------------------------ mistakes
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """A folder of things that are wrong."""
+    root = tmp_path_factory.mktemp("broken")
+    (root / "empty.jsonl").write_text("\n")
+    (root / "bad.jsonl").write_text('{"problem": "1+2?", "answer": "3"}\n{"problem": \n')
+    (root / "nokey.jsonl").write_text('{"text": "1+2?"}\n')
+    (root / "latin.jsonl").write_bytes(b'{"problem": "caf\xe9"}\n')
+    (root / "long.jsonl").write_text(json.dumps({"problem": "1+" * 1500 + "2?", "answer": "3"}) + "\n")
+    (root / "nothing").mkdir()
+    (root / "used").mkdir()
+    (root / "used" / "thesis.txt").write_text("years of work")
+    shutil.copytree("data/toy/teacher", root / "other_tokenizer")
+    text = (root / "other_tokenizer" / "tokenizer.json").read_text()
+    (root / "other_tokenizer" / "tokenizer.json").write_text(text.replace('"3": 51', '"3": 52').replace('"4": 52', '"4": 51'))
+    shutil.copytree("data/toy/student", root / "cut")
+    (root / "cut" / "model.safetensors").write_bytes((root / "cut" / "model.safetensors").read_bytes()[:5000])
+    return root
+
+
+@pytest.mark.parametrize("option, message", [
+    ("--student=data/toy/studnt", "no model folder data/toy/studnt"),
+    ("--student={root}/nothing", "no config.json"),
+    ("--student={root}/cut", "cannot load a model there"),
+    ("--teacher={root}/other_tokenizer", "incompatible tokenizers: id 51 is '3' for the student and '4' for the teacher"),
+    ("--prompts={root}/none.jsonl", "no prompt file"),
+    ("--prompts={root}/empty.jsonl", "holds no problems"),
+    ("--prompts={root}/bad.jsonl", "bad.jsonl, line 2: not JSON"),
+    ("--prompts={root}/nokey.jsonl", r"line 1: no \"problem\" or \"question\" text; found the keys \['text'\]"),
+    ("--prompts={root}/latin.jsonl", "is not UTF-8"),
+    ("--prompts={root}/long.jsonl", "no usable prompt: 24 new tokens and a prompt of 3004"),
+    ("--max_new_tokens=2048", "pass max_position_embeddings=2048"),
+    ("--reverse_weight=1.5", r"reverse_weight=1.5: must be in \[0, 1\]"),
+    ("--reverse_weight=half", "command line: reverse_weight='half' is a str; reverse_weight must be float"),
+    ("--prefix=techer", "prefix='techer' is a str; prefix must be 'teacher' | 'student'"),
+    ("--teacher=None", 'prefix=\'student\': teacher=None is SFT .* set prefix="teacher"'),
+    ("--learning_rat=1", "unknown key 'learning_rat'; did you mean 'learning_rate'"),
+    ("--batch_size=0", "batch_size=0: must be a positive multiple"),
+    ("--top_p=0", r"top_p=0.0: must be in \(0, 1\]"),
+    ("--out_dir={root}/used", "exists: --resume goes on with that run, --overwrite deletes it"),
+    ("--out_dir={root}/used --overwrite", "is no run folder"),
+    ("--out_dir={root}/new --resume", "nothing to resume"),
+    ("--out_dir={root}/used/thesis.txt", "is a file"),
+    ("configs/toy_odp.py", "two config files"),
+])
+def test_mistakes(broken, option, message, tmp_path):
+    """One clear line, before anything is written."""
+    before = sorted(broken.rglob("*"))
+    with pytest.raises(utils.UserError, match=message) as caught:
+        train_distill.main(["configs/toy_opd.py", *SHORT, f"--out_dir={tmp_path}/run", *option.format(root=broken).split()])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists() and sorted(broken.rglob("*")) == before
+
+
+def test_resume_mistakes(train):
+    _, run = train("configs/toy_opd.py", "--max_steps=1")
+    again = ["configs/toy_opd.py", *SHORT, "--max_steps=2", "--resume", f"--out_dir={run}"]
+    with pytest.raises(utils.UserError, match="was trained from student='data/toy/student', not 'data/toy/teacher'"):
+        train_distill.main([*again, "--student=data/toy/teacher"])
+    with pytest.raises(utils.UserError, match="--overwrite would delete"):
+        train_distill.main([*again[:-2], "--overwrite", f"--out_dir={run}", f"--student={run}/step_000001"])
+    state = run / "last" / "train_state.json"
+    text = state.read_text()
+    state.write_text(text.replace('"train_distill"', '"rl_grpo"'))
+    with pytest.raises(utils.UserError, match="was written by 'rl_grpo'"):
+        train_distill.main(again)
+    state.write_text(text[:20])
+    with pytest.raises(utils.UserError, match="is damaged"):
+        train_distill.main(again)
+    state.write_text(text)
+    for name in ("optimizer.safetensors", "model.safetensors"):
+        whole = (run / "last" / name).read_bytes()
+        (run / "last" / name).write_bytes(whole[:-100])
+        with pytest.raises(utils.UserError, match=r"is damaged|cannot load a model"):
+            train_distill.main(again)
+        (run / "last" / name).write_bytes(whole)
+    train_distill.main(again)                            # whole again, it resumes
+    assert [row["step"] for row in utils.read_lines(run / "metrics.jsonl")] == [1, 2]
+
+
+def test_command_line(tmp_path):
+    """As a user meets it: --help, and a mistake as one line on stderr with exit code 1."""
+    go = [sys.executable, "train_distill.py"]
+    shown = subprocess.run([*go, "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "KL(q||p)" in shown.stdout and "reverse_weight: float" in shown.stdout
+    failed = subprocess.run([*go, "configs/toy_odp.py"], capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert failed.stderr.strip() == "error: no config file configs/toy_odp.py; did you mean configs/toy_opd.py?"
