@@ -145,8 +145,9 @@ def load_prompts(path, tokenizer, horizon, positions, verbose, limit=None, solut
     pairs = [(problem, encode_prompt(tokenizer, problem["problem"])) for problem in problems]
     usable = [(problem, ids) for problem, ids in pairs if len(ids) + horizon <= positions]
     if not usable:
-        raise UserError(f"{path}: no usable prompt: {horizon} new tokens and a prompt of {min(len(ids) for _, ids in pairs)} or "
-                        f"more pass max_position_embeddings={positions}; lower max_new_tokens or eval_max_new_tokens")
+        shortest = min(len(ids) for _, ids in pairs)
+        raise UserError(f"{path}: no usable prompt: {horizon} new tokens and a prompt of {shortest} or more pass "
+                        f"max_position_embeddings={positions}; lower max_new_tokens or eval_max_new_tokens")
     if verbose and len(usable) < len(pairs):
         print(f"warning: {path}: {len(pairs) - len(usable)} of {len(pairs)} prompts skipped: with {horizon} new tokens they "
               f"pass max_position_embeddings={positions}")
@@ -163,8 +164,8 @@ def main(argv):
     if checkpoint:
         state = read_train_state(checkpoint, "train_distill")
         if state["student"] != cfg.student:
-            raise UserError(f"{checkpoint} was trained from student={state['student']!r}, not {cfg.student!r}; resume with that "
-                            f"one, or start a new run from its weights with --student={checkpoint}")
+            raise UserError(f"{checkpoint} was trained from student={state['student']!r}, not {cfg.student!r}; resume with "
+                            f"that one, or start a new run from its weights with --student={checkpoint}")
 
     # models: fp32 masters for the student, the compute dtype for the teacher
     dtype = getattr(torch, cfg.dtype)
@@ -225,10 +226,10 @@ def main(argv):
         if chief:
             write_lines(metrics_file, [{"step": step, "model": name, **metrics}])
             write_lines(os.path.join(cfg.out_dir, f"samples_{name}_{step:06d}.jsonl"), records, mode="w")
-            shown = {key: "-" if metrics[key] is None else f"{metrics[key]:.3f}" for key in ("avg_at_k", "pass_at_k", "entropy")}
-            print(f"eval {step:>4} {name:<8} Avg@{cfg.eval_samples} {shown['avg_at_k']}  Pass@{cfg.eval_samples} "
-                  f"{shown['pass_at_k']}  length {metrics['length']:.0f}  entropy {shown['entropy']}  "
-                  f"cut {metrics['truncated']:.0%}")
+            avg, passed = ("-" if metrics[key] is None else f"{metrics[key]:.3f}" for key in ("avg_at_k", "pass_at_k"))
+            print(f"eval {step:>4} {name:<8} Avg@{cfg.eval_samples} {avg}  Pass@{cfg.eval_samples} {passed}  "
+                  f"length {metrics['length']:.0f}  entropy {metrics['entropy']:.3f}  cut {metrics['truncated']:.0%}",
+                  flush=True)
         return metrics
 
     for step in range(state["step"], cfg.max_steps + 1):     # step = updates done so far; the last pass only evaluates
@@ -242,13 +243,13 @@ def main(argv):
                 is_best = step > 0 and score is not None and score > state["best"]
                 state["best"] = score if is_best else state["best"]
             if chief and step > 0 and (is_best or step % cfg.save_every == 0 or step == cfg.max_steps):
-                save_checkpoint(cfg.out_dir, student, tokenizer, optimizer, {**state, "step": step, "config": dataclasses.asdict(cfg)},
-                                is_best, cfg.keep)
+                save_checkpoint(cfg.out_dir, student, tokenizer, optimizer,
+                                {**state, "step": step, "config": dataclasses.asdict(cfg)}, is_best, cfg.keep)
         if step == cfg.max_steps:
             break
 
         # 1. prefixes: prompts are dealt to ranks, and seeded by their place in the step, not by rank
-        timer = Timer(device)
+        timer = Timer(device, "rollout", "teacher", "student", "optimizer")
         order = prompt_order(len(prompts), step * cfg.batch_size, cfg.batch_size, cfg.seed)
         mine = list(enumerate(order))[rank::world]
         if teacher is None:
@@ -261,10 +262,10 @@ def main(argv):
             truncated = sum(reason == "length" for _, _, reason in rollouts)
         sequences = [(prompts[i], response) for (_, i), response in zip(mine, responses) if response]
         lengths = [len(p) + len(r) for p, r in sequences]
-        counts = torch.tensor([sum(len(r) for _, r in sequences), len(sequences), truncated,
-                               forward_flops(student.config, lengths), forward_flops(teacher.config, lengths) if teacher else 0,
-                               forward_flops(writer.config, lengths) if writer else 0], dtype=torch.float64)
-        all_tokens, all_sequences, truncated, student_flops, teacher_flops, writer_flops = all_reduce(counts.to(device)).tolist()
+        flops = [forward_flops(m.config, lengths) if m else 0 for m in (student, teacher, writer)]
+        counts = torch.tensor([sum(len(r) for _, r in sequences), len(sequences), truncated, *flops], dtype=torch.float64)
+        all_tokens, all_sequences, truncated, *flops = all_reduce(counts.to(device)).tolist()
+        student_flops, teacher_flops, writer_flops = flops
         longest = int(all_reduce(torch.tensor(max([len(r) for _, r in sequences], default=0), device=device), "max"))
         timer.lap("rollout")
 
@@ -326,8 +327,7 @@ def main(argv):
                    "mean_length": all_tokens / max(1, all_sequences), "max_length": longest,
                    "truncated_share": truncated / cfg.batch_size, "grad_norm": grad_norm.item(),
                    "learning_rate": optimizer.param_groups[0]["lr"], "tokens": int(all_tokens),
-                   "tokens_per_second": all_tokens / sum(timer.laps.values()), "teacher_seconds": 0.0, **timer.laps,
-                   "tflops": state["tflops"],
+                   "tokens_per_second": all_tokens / sum(timer.laps.values()), **timer.laps, "tflops": state["tflops"],
                    "tflops_teacher_writing": writer_flops / 1e12 if cfg.prefix == "teacher" else 0.0}
             write_lines(metrics_file, [row])
             print_row(row, header=step % 20 == 0 or step == state["step"])

@@ -585,15 +585,14 @@ def print_row(row, header):
 class Timer:
     """Seconds since the last lap, summed by name; on a GPU a lap waits for the device, so that they mean something."""
 
-    def __init__(self, device):
-        self.device, self.laps = device, {}
-        self.start = self.now = time.perf_counter()
+    def __init__(self, device, *names):
+        self.device, self.laps, self.now = device, {f"{name}_seconds": 0.0 for name in names}, time.perf_counter()
 
     def lap(self, name):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
-        self.laps[f"{name}_seconds"] = self.laps.get(f"{name}_seconds", 0.0) + now - self.now
+        self.laps[f"{name}_seconds"] += now - self.now
         self.now = now
 
 

@@ -11,7 +11,7 @@ max_new_tokens = 160                # the longest hundredth of the teacher's res
 
 batch_size = 64
 max_steps = 150
-learning_rate = 5e-4
+learning_rate = 3e-4
 warmup_steps = 10
 dtype = "float32"
 max_tokens_per_microbatch = 4096    # a block that stays near the cache; larger ones are slower on a CPU

@@ -10,7 +10,8 @@ from utils import HFEngine, Sampling
 
 # ------------------------------------------------------------------------------------------------------------------- sampler
 
-@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.0, 0.8, 0), (1.0, 1.0, 5), (0.7, 0.9, 8)])
+@pytest.mark.parametrize("temperature, top_p, top_k",
+                         [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.0, 0.8, 0), (1.0, 1.0, 5), (0.7, 0.9, 8)])
 def test_sampled_distribution(temperature, top_p, top_k):
     """Chi-square of 200,000 draws against the distribution worked out token by token; log-probs stay those at T = 1."""
     logits = torch.tensor([1.0, 2.5, 0.3, -1.0, 2.4, 0.0, 1.7, -2.0, 0.9, -0.5, 3.0, -4.0])
@@ -81,7 +82,8 @@ def test_rollouts_score_as_sampled(student, prompts):
 
 def test_first_tokens_follow_the_model(student, prompts):
     """4,000 seeds on one prompt: the first token's frequencies are the model's probabilities (chi-square)."""
-    rollouts = HFEngine(student, max_rows=4000).generate(prompts[:1] * 4000, Sampling(1, STOPS, vocab_size=272), list(range(4000)))
+    engine, sampling = HFEngine(student, max_rows=4000), Sampling(1, STOPS, vocab_size=272)
+    rollouts = engine.generate(prompts[:1] * 4000, sampling, list(range(4000)))
     counts = torch.bincount(torch.tensor([tokens[0] for tokens, _, _ in rollouts]), minlength=272).double()
     with torch.no_grad():
         expected = student(torch.tensor(prompts[:1])).logits[0, -1, :272].double().softmax(-1) * 4000
