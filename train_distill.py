@@ -35,37 +35,9 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+import utils
 from kernels import linear_kl, linear_logp
-from utils import (
-    HFEngine,
-    Sampling,
-    Timer,
-    UserError,
-    all_reduce,
-    check_tokenizers,
-    derive_seed,
-    encode_prompt,
-    evaluate,
-    forward_flops,
-    init_processes,
-    load_config,
-    load_model,
-    load_optimizer,
-    load_problems,
-    load_tokenizer,
-    microbatches,
-    prepare_out_dir,
-    print_config,
-    print_row,
-    prompt_order,
-    read_lines,
-    read_train_state,
-    response_hidden,
-    run,
-    save_checkpoint,
-    stop_ids,
-    write_lines,
-)
+from utils import HFEngine, Sampling, Timer, UserError
 
 
 @dataclasses.dataclass
@@ -78,7 +50,7 @@ class Config:
     reverse_weight: float = 1.0                          # lam in [0, 1]
     loss_norm: Literal["token", "sequence"] = "token"    # mean over tokens, or mean of per-sequence means
     # rollouts
-    engine: Literal["hf"] = "hf"
+    engine: Literal["hf"] = "hf"                         # who decodes: transformers models
     max_new_tokens: int = 4096                           # the horizon, stop token included
     temperature: float = 1.0
     top_p: float = 1.0
@@ -136,13 +108,28 @@ def validate(cfg, world):
         need(not cfg.eval_teacher, "eval_teacher", "there is none with teacher=None; set it to False")
 
 
+def check_tokenizers(student, teacher):
+    """
+    Two tokenizers are compatible when they map the same ids to the same bytes; end-of-text id, template and embedding padding
+    may differ, and one may have added tokens that the other lacks. Raises UserError naming the first differing id.
+    """
+    a, b = ({i: token for token, i in t.get_vocab().items()} for t in (student, teacher))
+    for i in sorted(a.keys() & b.keys()):
+        if a[i] != b[i]:
+            raise UserError(f"incompatible tokenizers: id {i} is {a[i]!r} for the student and {b[i]!r} for the teacher; "
+                            f"choose a teacher from the student's family")
+    if (missing := min(len(a), len(b)) - len(a.keys() & b.keys())) > 0:
+        raise UserError(f"incompatible tokenizers: {missing} ids of the smaller one ({len(a)} for the student, {len(b)} for "
+                        f"the teacher) are unknown to the other; choose a teacher from the student's family")
+
+
 def load_prompts(path, tokenizer, horizon, positions, verbose, limit=None, solutions=False):
     """(problems, prompt ids) of those that leave room for the horizon; the others are counted."""
-    problems = load_problems(path)[:limit]
+    problems = utils.load_problems(path)[:limit]
     if solutions and any(p["solution"] is None for p in problems):
         raise UserError(f"{path}: teacher=None trains on solutions, and problem {problems[0]['problem'][:40]!r} or another has "
                         f"none; add a \"solution\" to every line, or name a teacher")
-    pairs = [(problem, encode_prompt(tokenizer, problem["problem"])) for problem in problems]
+    pairs = [(problem, utils.encode_prompt(tokenizer, problem["problem"])) for problem in problems]
     usable = [(problem, ids) for problem, ids in pairs if len(ids) + horizon <= positions]
     if not usable:
         shortest = min(len(ids) for _, ids in pairs)
@@ -154,33 +141,52 @@ def load_prompts(path, tokenizer, horizon, positions, verbose, limit=None, solut
     return zip(*usable)
 
 
+COLUMNS = {"step": "step", "loss": "loss", "fwd": "forward_kl", "rev": "reverse_kl", "H_q": "student_entropy",
+           "H_p": "teacher_entropy", "len": "mean_length", "max": "max_length", "cut": "truncated_share", "grad": "grad_norm",
+           "tok/s": "tokens_per_second", "roll": "rollout_seconds", "tea": "teacher_seconds", "stu": "student_seconds",
+           "opt": "optimizer_seconds", "TFL": "tflops"}
+
+
+def print_row(row, header):
+    """One training step in 80 columns: every number in four characters."""
+    def short(x):
+        if x is None:
+            return "-"
+        text = f"{x:.3f}" if abs(x) < 10 else f"{x:.0f}"
+        return text.removeprefix("0")[:4] if abs(x) < 1e4 else f"{x / 1000:.0f}k"
+    if header:
+        print(" ".join(f"{name:>4}" for name in COLUMNS))
+    print(f"{row['step']:>4}", *[f"{short(row[key]):>4}" for key in list(COLUMNS.values())[1:]], flush=True)
+
+
 def main(argv):
-    cfg, origin = load_config(Config, argv)
-    rank, world, device = init_processes()
+    cfg, origin = utils.load_config(Config, argv)
+    rank, world, device = utils.init_processes()
     validate(cfg, world)
     chief = rank == 0                                    # the rank that prints and writes
-    checkpoint = prepare_out_dir(cfg.out_dir, cfg.resume, cfg.overwrite, (cfg.student, cfg.teacher, cfg.prompts, cfg.eval_data))
+    inputs = (cfg.student, cfg.teacher, cfg.prompts, cfg.eval_data)
+    checkpoint = utils.prepare_out_dir(cfg.out_dir, cfg.resume, cfg.overwrite, inputs)
     state = {"script": "train_distill", "student": cfg.student, "step": 0, "tflops": 0.0, "best": -1.0}
     if checkpoint:
-        state = read_train_state(checkpoint, "train_distill")
+        state = utils.read_train_state(checkpoint, "train_distill")
         if state["student"] != cfg.student:
             raise UserError(f"{checkpoint} was trained from student={state['student']!r}, not {cfg.student!r}; resume with "
                             f"that one, or start a new run from its weights with --student={checkpoint}")
 
     # models: fp32 masters for the student, the compute dtype for the teacher
     dtype = getattr(torch, cfg.dtype)
-    tokenizer = load_tokenizer(cfg.student)
-    student = load_model(checkpoint or cfg.student, torch.float32, device)
+    tokenizer = utils.load_tokenizer(cfg.student)
+    student = utils.load_model(checkpoint or cfg.student, torch.float32, device)
     models, template, teacher = [student], tokenizer, None
     if cfg.teacher:
-        template = load_tokenizer(cfg.teacher)           # the teacher's chat template makes the prompts
+        template = utils.load_tokenizer(cfg.teacher)           # the teacher's chat template makes the prompts
         check_tokenizers(tokenizer, template)
-        teacher = load_model(cfg.teacher, dtype, device).requires_grad_(False)
+        teacher = utils.load_model(cfg.teacher, dtype, device).requires_grad_(False)
         models.append(teacher)
     vocab_size = min(len(m.get_output_embeddings().weight) for m in models)
     positions = min(m.config.max_position_embeddings for m in models)
-    own_stops = stop_ids(student, tokenizer)
-    all_stops = sorted({*own_stops, *(stop_ids(teacher, template) if teacher else [])})
+    own_stops = utils.stop_ids(student, tokenizer)
+    all_stops = sorted({*own_stops, *(utils.stop_ids(teacher, template) if teacher else [])})
     student_stops = all_stops if cfg.stop == "union" else own_stops
     student.generation_config.eos_token_id = student_stops    # so a checkpoint stops where its training did
 
@@ -194,14 +200,15 @@ def main(argv):
     sampling = Sampling(cfg.max_new_tokens, tuple(student_stops if cfg.prefix == "student" else all_stops), cfg.temperature,
                         cfg.top_p, cfg.top_k, vocab_size)
     eval_sampling = Sampling(cfg.eval_max_new_tokens, tuple(student_stops), cfg.eval_temperature, cfg.eval_top_p, 0, vocab_size)
-    student_engine = HFEngine(student, dtype, cfg.rollout_rows)
-    teacher_engine = HFEngine(teacher, dtype, cfg.rollout_rows) if teacher else None
+    make_engine = {"hf": HFEngine}[cfg.engine]
+    student_engine = make_engine(student, dtype, cfg.rollout_rows)
+    teacher_engine = make_engine(teacher, dtype, cfg.rollout_rows) if teacher else None
     writer, writer_engine = (student, student_engine) if cfg.prefix == "student" else (teacher, teacher_engine)
 
     parameters = list(student.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
     if checkpoint:
-        load_optimizer(checkpoint, student, optimizer)
+        utils.load_optimizer(checkpoint, student, optimizer)
 
     # from here on files are written
     if world > 1:
@@ -211,21 +218,21 @@ def main(argv):
         if cfg.overwrite:
             shutil.rmtree(cfg.out_dir, ignore_errors=True)
         os.makedirs(cfg.out_dir, exist_ok=True)
-        print_config(cfg, origin)
+        utils.print_config(cfg, origin)
         with open(os.path.join(cfg.out_dir, "run_config.json"), "w") as file:
             json.dump(dataclasses.asdict(cfg), file, indent=1)
-        done = [row for row in read_lines(metrics_file) if row["step"] <= state["step"]] if checkpoint else []
-        write_lines(metrics_file, done, mode="w")        # steps after the checkpoint are taken again
+        done = [row for row in utils.read_lines(metrics_file) if row["step"] <= state["step"]] if checkpoint else []
+        utils.write_lines(metrics_file, done, mode="w")        # steps after the checkpoint are taken again
         print(f"{len(prompts)} prompts, {world} process(es) on {device.type}, from step {state['step']}")
 
     def measure(engine, model, name, step, stops):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            metrics, records = evaluate(engine, model, template, eval_problems, eval_prompts,
+            metrics, records = utils.evaluate(engine, model, template, eval_problems, eval_prompts,
                                         dataclasses.replace(eval_sampling, stop_ids=tuple(stops)), cfg.eval_samples, cfg.seed,
                                         cfg.max_tokens_per_microbatch, rank, world)
         if chief:
-            write_lines(metrics_file, [{"step": step, "model": name, **metrics}])
-            write_lines(os.path.join(cfg.out_dir, f"samples_{name}_{step:06d}.jsonl"), records, mode="w")
+            utils.write_lines(metrics_file, [{"step": step, "model": name, **metrics}])
+            utils.write_lines(os.path.join(cfg.out_dir, f"samples_{name}_{step:06d}.jsonl"), records, mode="w")
             avg, passed = ("-" if metrics[key] is None else f"{metrics[key]:.3f}" for key in ("avg_at_k", "pass_at_k"))
             print(f"eval {step:>4} {name:<8} Avg@{cfg.eval_samples} {avg}  Pass@{cfg.eval_samples} {passed}  "
                   f"length {metrics['length']:.0f}  entropy {metrics['entropy']:.3f}  cut {metrics['truncated']:.0%}",
@@ -243,45 +250,45 @@ def main(argv):
                 is_best = step > 0 and score is not None and score > state["best"]
                 state["best"] = score if is_best else state["best"]
             if chief and step > 0 and (is_best or step % cfg.save_every == 0 or step == cfg.max_steps):
-                save_checkpoint(cfg.out_dir, student, tokenizer, optimizer,
+                utils.save_checkpoint(cfg.out_dir, student, tokenizer, optimizer,
                                 {**state, "step": step, "config": dataclasses.asdict(cfg)}, is_best, cfg.keep)
         if step == cfg.max_steps:
             break
 
         # 1. prefixes: prompts are dealt to ranks, and seeded by their place in the step, not by rank
         timer = Timer(device, "rollout", "teacher", "student", "optimizer")
-        order = prompt_order(len(prompts), step * cfg.batch_size, cfg.batch_size, cfg.seed)
+        order = utils.prompt_order(len(prompts), step * cfg.batch_size, cfg.batch_size, cfg.seed)
         mine = list(enumerate(order))[rank::world]
         if teacher is None:
             responses = [solutions[i][:cfg.max_new_tokens] for _, i in mine]
             truncated = sum(len(solutions[i]) > cfg.max_new_tokens for _, i in mine)
         else:
             rollouts = writer_engine.generate([prompts[i] for _, i in mine], sampling,
-                                              [derive_seed(cfg.seed, "train", step, slot) for slot, _ in mine])
+                                              [utils.derive_seed(cfg.seed, "train", step, slot) for slot, _ in mine])
             responses = [tokens for tokens, _, _ in rollouts]
             truncated = sum(reason == "length" for _, _, reason in rollouts)
         sequences = [(prompts[i], response) for (_, i), response in zip(mine, responses) if response]
         lengths = [len(p) + len(r) for p, r in sequences]
-        flops = [forward_flops(m.config, lengths) if m else 0 for m in (student, teacher, writer)]
+        flops = [utils.forward_flops(m.config, lengths) if m else 0 for m in (student, teacher, writer)]
         counts = torch.tensor([sum(len(r) for _, r in sequences), len(sequences), truncated, *flops], dtype=torch.float64)
-        all_tokens, all_sequences, truncated, *flops = all_reduce(counts.to(device)).tolist()
+        all_tokens, all_sequences, truncated, *flops = utils.all_reduce(counts.to(device)).tolist()
         student_flops, teacher_flops, writer_flops = flops
-        longest = int(all_reduce(torch.tensor(max([len(r) for _, r in sequences], default=0), device=device), "max"))
+        longest = int(utils.all_reduce(torch.tensor(max([len(r) for _, r in sequences], default=0), device=device), "max"))
         timer.lap("rollout")
 
         # 2. - 3. hidden states of both models on those prefixes, and the KL from them, gradient included
         head_q = student.get_output_embeddings().weight
         totals = torch.zeros(5, device=device)           # loss, then sums over tokens: forward, reverse, H(q), H(p)
-        for batch in microbatches(lengths, cfg.max_tokens_per_microbatch):
+        for batch in utils.microbatches(lengths, cfg.max_tokens_per_microbatch):
             batch = [sequences[i] for i in batch]
             norms = [1 / all_tokens if cfg.loss_norm == "token" else 1 / (len(r) * all_sequences) for _, r in batch for _ in r]
             weight = torch.tensor(norms, device=device)                                                # (N,)
             if teacher:
                 with torch.no_grad():
-                    h_p = response_hidden(teacher, batch)                                              # (N, H_t)
+                    h_p = utils.response_hidden(teacher, batch)                                              # (N, H_t)
                 timer.lap("teacher")
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                h_q = response_hidden(student, batch)                                                  # (N, H)
+                h_q = utils.response_hidden(student, batch)                                                  # (N, H)
             h_q = h_q.to(dtype)
             if teacher:
                 loss, *stats = linear_kl(h_q, head_q, h_p, teacher.get_output_embeddings().weight, weight, cfg.reverse_weight)
@@ -297,15 +304,15 @@ def main(argv):
         if all_tokens:
             if world > 1:
                 gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-                flat = all_reduce(torch.cat([g.flatten() for g in gradients]))
+                flat = utils.all_reduce(torch.cat([g.flatten() for g in gradients]))
                 for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
                     p.grad = g.view_as(p)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
-            totals = all_reduce(totals)
+            totals = utils.all_reduce(totals)
             loss, *sums = totals.tolist()
             if not torch.isfinite(grad_norm + totals[0]):
                 batch_file = os.path.join(cfg.out_dir, f"nonfinite_step_{step + 1:06d}_rank_{rank}.jsonl")
-                write_lines(batch_file, [{"prompt_ids": p, "response_ids": r} for p, r in sequences], mode="w")
+                utils.write_lines(batch_file, [{"prompt_ids": p, "response_ids": r} for p, r in sequences], mode="w")
                 raise UserError(f"step {step + 1}: loss {loss}, gradient norm {grad_norm.item()}: not finite, so no update was "
                                 f"made. The batch is in {batch_file}, the last checkpoint is untouched; --resume with a lower "
                                 f"learning_rate than {cfg.learning_rate}, or dtype=float32")
@@ -329,7 +336,7 @@ def main(argv):
                    "learning_rate": optimizer.param_groups[0]["lr"], "tokens": int(all_tokens),
                    "tokens_per_second": all_tokens / sum(timer.laps.values()), **timer.laps, "tflops": state["tflops"],
                    "tflops_teacher_writing": writer_flops / 1e12 if cfg.prefix == "teacher" else 0.0}
-            write_lines(metrics_file, [row])
+            utils.write_lines(metrics_file, [row])
             print_row(row, header=step % 20 == 0 or step == state["step"])
 
     if chief:
@@ -337,4 +344,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run(main, __doc__, Config)
+    utils.run(main, __doc__, Config)

@@ -261,21 +261,6 @@ def _first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def check_tokenizers(student, teacher):
-    """
-    Two tokenizers are compatible when they map the same ids to the same bytes; end-of-text id, template and embedding padding
-    may differ, and one may have added tokens that the other lacks. Raises UserError naming the first differing id.
-    """
-    a, b = ({i: token for token, i in t.get_vocab().items()} for t in (student, teacher))
-    for i in sorted(a.keys() & b.keys()):
-        if a[i] != b[i]:
-            raise UserError(f"incompatible tokenizers: id {i} is {a[i]!r} for the student and {b[i]!r} for the teacher; "
-                            f"choose a teacher from the student's family")
-    if (missing := min(len(a), len(b)) - len(a.keys() & b.keys())) > 0:
-        raise UserError(f"incompatible tokenizers: {missing} ids of the smaller one ({len(a)} for the student, {len(b)} for "
-                        f"the teacher) are unknown to the other; choose a teacher from the student's family")
-
-
 def stop_ids(model, tokenizer):
     """Every id that ends a response: all of generation_config.eos_token_id, else the tokenizer's."""
     ids = model.generation_config.eos_token_id
@@ -344,14 +329,14 @@ class HFEngine:
     and goes on decoding rows that have ended."""
 
     def __init__(self, model, dtype=torch.float32, max_rows=512):
-        self.live = model.dtype == dtype                 # share the weights, or keep a copy in the compute dtype
-        self.model = model if self.live else copy.deepcopy(model).to(dtype).eval()
-        self.max_rows = max_rows                         # rows decoded together: bounds the KV cache
+        # share the weights, or keep a copy in the compute dtype; max_rows decoded together bound the KV cache
+        self.model = model if model.dtype == dtype else copy.deepcopy(model).to(dtype).eval()
+        self.max_rows = max_rows
 
     @torch.no_grad()
     def sync(self, model):
         """Take over the weights of `model`."""
-        if not self.live:
+        if self.model is not model:
             for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
                 mine.copy_(theirs)
 
@@ -446,8 +431,7 @@ def grade(response, gold):
     a, b = normalise_answer(answer), normalise_answer(gold)
     if a == b:
         return True, "same text"
-    a, b = as_number(a), as_number(b)
-    return (True, "same number") if a is not None and a == b else (False, "different")
+    return (True, "same number") if None is not as_number(a) == as_number(b) else (False, "different")
 
 
 def extract_answer(response):
@@ -526,8 +510,7 @@ def evaluate(engine, model, tokenizer, problems, prompts, sampling, samples, see
     graded = [sum(r["correct"] for r in records[i:i + samples]) for i in range(0, len(records), samples)
               if records[i]["correct"] is not None]
     tails = [r["tokens_after_box"] for r in records if r["tokens_after_box"] is not None]
-    stops = [r["stop"] for r in records]
-    tokens = sum(r["length"] for r in records)
+    stops, tokens = [r["stop"] for r in records], sum(r["length"] for r in records)
     return {
         "avg_at_k": sum(graded) / (samples * len(graded)) if graded else None,
         "pass_at_k": sum(pass_at_k(samples, c, samples) for c in graded) / len(graded) if graded else None,
@@ -555,31 +538,8 @@ def write_lines(path, rows, mode="a"):
 
 def read_lines(path):
     """JSON lines; a last line cut short by a crash is dropped."""
-    rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-COLUMNS = {"step": "step", "loss": "loss", "fwd": "forward_kl", "rev": "reverse_kl", "H_q": "student_entropy",
-           "H_p": "teacher_entropy", "len": "mean_length", "max": "max_length", "cut": "truncated_share", "grad": "grad_norm",
-           "tok/s": "tokens_per_second", "roll": "rollout_seconds", "tea": "teacher_seconds", "stu": "student_seconds",
-           "opt": "optimizer_seconds", "TFL": "tflops"}
-
-
-def print_row(row, header):
-    """One training step in 80 columns: every number in four characters."""
-    def short(x):
-        if x is None:
-            return "-"
-        text = f"{x:.3f}" if abs(x) < 10 else f"{x:.0f}"
-        return text.removeprefix("0")[:4] if abs(x) < 1e4 else f"{x / 1000:.0f}k"
-    if header:
-        print(" ".join(f"{name:>4}" for name in COLUMNS))
-    print(f"{row['step']:>4}", *[f"{short(row[key]):>4}" for key in list(COLUMNS.values())[1:]], flush=True)
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class Timer:

@@ -10,13 +10,13 @@ reverse_weight = 1.0
 max_new_tokens = 160                # the longest hundredth of the teacher's responses is cut
 
 batch_size = 64
-max_steps = 150
-learning_rate = 3e-4
+max_steps = 100
+learning_rate = 2e-4
 warmup_steps = 10
 dtype = "float32"
 max_tokens_per_microbatch = 4096    # a block that stays near the cache; larger ones are slower on a CPU
 
-eval_every = 50
+eval_every = 25
 eval_prompts = 64
 eval_samples = 8
 eval_max_new_tokens = 256

@@ -52,8 +52,8 @@ def test_cells(train, name):
 
 def test_prefix_source(train, monkeypatch, teacher, student):
     """What the loss is taken on was written by the model that `prefix` names: its own log-probs are the higher ones."""
-    seen, plain = [], train_distill.response_hidden
-    monkeypatch.setattr(train_distill, "response_hidden", lambda model, batch: seen.append(batch) or plain(model, batch))
+    seen, plain = [], utils.response_hidden
+    monkeypatch.setattr(utils, "response_hidden", lambda model, batch: seen.append(batch) or plain(model, batch))
     gaps = []
     for name in ("toy_sft", "toy_opd"):
         seen.clear()
@@ -90,6 +90,7 @@ def test_loss_does_not_depend_on_microbatches(train):
 
 def test_loss_norm(train, monkeypatch):
     """"token": mean over all tokens of the step. "sequence": mean of per-sequence means. From the per-token numbers."""
+    plain = utils.response_hidden
     for norm in ("token", "sequence"):
         per_token, lengths = [], []
 
@@ -97,13 +98,12 @@ def test_loss_norm(train, monkeypatch):
             out = linear_kl(*args)
             per_token.append(out[2])
             return out
-        plain = utils.response_hidden
 
-        def spy_hidden(model, batch, lengths=lengths, plain=plain):
+        def spy_hidden(model, batch, lengths=lengths):
             lengths.append([len(r) for _, r in batch])
             return plain(model, batch)
         monkeypatch.setattr(train_distill, "linear_kl", spy)
-        monkeypatch.setattr(train_distill, "response_hidden", spy_hidden)
+        monkeypatch.setattr(utils, "response_hidden", spy_hidden)
         rows, _ = train("configs/toy_opd.py", "--max_steps=1", "--max_new_tokens=64", f"--loss_norm={norm}")
         parts = [part for rows_, ns in zip(per_token, lengths[::2]) for part in rows_.split(ns)]
         assert len({len(part) for part in parts}) > 1
