@@ -126,9 +126,10 @@ def check_tokenizers(student, teacher):
 def load_prompts(path, tokenizer, horizon, positions, verbose, limit=None, solutions=False):
     """(problems, prompt ids) of those that leave room for the horizon; the others are counted."""
     problems = utils.load_problems(path)[:limit]
-    if solutions and any(p["solution"] is None for p in problems):
-        raise UserError(f"{path}: teacher=None trains on solutions, and problem {problems[0]['problem'][:40]!r} or another has "
-                        f"none; add a \"solution\" to every line, or name a teacher")
+    for problem in problems if solutions else []:
+        if problem["solution"] is None:
+            raise UserError(f"{path}: teacher=None trains on solutions, and problem {problem['problem'][:40]!r} has none; add "
+                            f"a \"solution\" to every line, or name a teacher")
     pairs = [(problem, utils.encode_prompt(tokenizer, problem["problem"])) for problem in problems]
     usable = [(problem, ids) for problem, ids in pairs if len(ids) + horizon <= positions]
     if not usable:
@@ -166,7 +167,7 @@ def main(argv):
     chief = rank == 0                                    # the rank that prints and writes
     inputs = (cfg.student, cfg.teacher, cfg.prompts, cfg.eval_data)
     checkpoint = utils.prepare_out_dir(cfg.out_dir, cfg.resume, cfg.overwrite, inputs)
-    state = {"script": "train_distill", "student": cfg.student, "step": 0, "tflops": 0.0, "best": -1.0}
+    state = {"script": "train_distill", "student": cfg.student, "step": 0, "tflops": 0.0, "best": -1.0, "own_stops": None}
     if checkpoint:
         state = utils.read_train_state(checkpoint, "train_distill")
         if state["student"] != cfg.student:
@@ -179,13 +180,14 @@ def main(argv):
     student = utils.load_model(checkpoint or cfg.student, torch.float32, device)
     models, template, teacher = [student], tokenizer, None
     if cfg.teacher:
-        template = utils.load_tokenizer(cfg.teacher)           # the teacher's chat template makes the prompts
+        template = utils.load_tokenizer(cfg.teacher)     # the teacher's chat template makes the prompts
         check_tokenizers(tokenizer, template)
+        tokenizer.chat_template = template.chat_template     # and goes into the checkpoints
         teacher = utils.load_model(cfg.teacher, dtype, device).requires_grad_(False)
         models.append(teacher)
     vocab_size = min(len(m.get_output_embeddings().weight) for m in models)
     positions = min(m.config.max_position_embeddings for m in models)
-    own_stops = utils.stop_ids(student, tokenizer)
+    own_stops = state["own_stops"] = state["own_stops"] or utils.stop_ids(student, tokenizer)
     all_stops = sorted({*own_stops, *(utils.stop_ids(teacher, template) if teacher else [])})
     student_stops = all_stops if cfg.stop == "union" else own_stops
     student.generation_config.eos_token_id = student_stops    # so a checkpoint stops where its training did
@@ -221,15 +223,15 @@ def main(argv):
         utils.print_config(cfg, origin)
         with open(os.path.join(cfg.out_dir, "run_config.json"), "w") as file:
             json.dump(dataclasses.asdict(cfg), file, indent=1)
-        done = [row for row in utils.read_lines(metrics_file) if row["step"] <= state["step"]] if checkpoint else []
-        utils.write_lines(metrics_file, done, mode="w")        # steps after the checkpoint are taken again
+        done = utils.read_lines(metrics_file) if os.path.exists(metrics_file) else []
+        utils.write_lines(metrics_file, [row for row in done if row["step"] <= state["step"]], mode="w")
         print(f"{len(prompts)} prompts, {world} process(es) on {device.type}, from step {state['step']}")
 
     def measure(engine, model, name, step, stops):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            metrics, records = utils.evaluate(engine, model, template, eval_problems, eval_prompts,
-                                        dataclasses.replace(eval_sampling, stop_ids=tuple(stops)), cfg.eval_samples, cfg.seed,
-                                        cfg.max_tokens_per_microbatch, rank, world)
+            metrics, records = utils.evaluate(
+                engine, model, template, eval_problems, eval_prompts, dataclasses.replace(eval_sampling, stop_ids=tuple(stops)),
+                cfg.eval_samples, cfg.seed, cfg.max_tokens_per_microbatch, rank, world)
         if chief:
             utils.write_lines(metrics_file, [{"step": step, "model": name, **metrics}])
             utils.write_lines(os.path.join(cfg.out_dir, f"samples_{name}_{step:06d}.jsonl"), records, mode="w")
@@ -239,9 +241,10 @@ def main(argv):
                   flush=True)
         return metrics
 
-    for step in range(state["step"], cfg.max_steps + 1):     # step = updates done so far; the last pass only evaluates
+    start_step = state["step"]
+    for step in range(start_step, cfg.max_steps + 1):        # step = updates done so far; the last pass only evaluates
         student_engine.sync(student)
-        if not (checkpoint and step == state["step"]):   # a resumed run has evaluated and saved there already
+        if not (checkpoint and step == start_step):      # a resumed run has evaluated and saved there already
             is_best = False
             if cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.max_steps):
                 if step == 0 and cfg.eval_teacher:
@@ -251,7 +254,7 @@ def main(argv):
                 state["best"] = score if is_best else state["best"]
             if chief and step > 0 and (is_best or step % cfg.save_every == 0 or step == cfg.max_steps):
                 utils.save_checkpoint(cfg.out_dir, student, tokenizer, optimizer,
-                                {**state, "step": step, "config": dataclasses.asdict(cfg)}, is_best, cfg.keep)
+                                      {**state, "step": step, "config": dataclasses.asdict(cfg)}, is_best, cfg.keep)
         if step == cfg.max_steps:
             break
 
@@ -285,10 +288,10 @@ def main(argv):
             weight = torch.tensor(norms, device=device)                                                # (N,)
             if teacher:
                 with torch.no_grad():
-                    h_p = utils.response_hidden(teacher, batch)                                              # (N, H_t)
+                    h_p = utils.response_hidden(teacher, batch)                                        # (N, H_t)
                 timer.lap("teacher")
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                h_q = utils.response_hidden(student, batch)                                                  # (N, H)
+                h_q = utils.response_hidden(student, batch)                                            # (N, H)
             h_q = h_q.to(dtype)
             if teacher:
                 loss, *stats = linear_kl(h_q, head_q, h_p, teacher.get_output_embeddings().weight, weight, cfg.reverse_weight)
@@ -337,7 +340,7 @@ def main(argv):
                    "tokens_per_second": all_tokens / sum(timer.laps.values()), **timer.laps, "tflops": state["tflops"],
                    "tflops_teacher_writing": writer_flops / 1e12 if cfg.prefix == "teacher" else 0.0}
             utils.write_lines(metrics_file, [row])
-            print_row(row, header=step % 20 == 0 or step == state["step"])
+            print_row(row, header=step % 20 == 0 or step == start_step)
 
     if chief:
         print(f"done: {cfg.out_dir}/last; `python plot.py {cfg.out_dir}` draws the curves and prints a table")

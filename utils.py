@@ -100,7 +100,7 @@ def _cast(key, value, kind, where):
         literals = [o for o in options if typing.get_origin(o) is typing.Literal]
         if str not in options and not literals:
             try:
-                value = ast.literal_eval(value)
+                value = float(value) if float in options else ast.literal_eval(value)
             except (ValueError, SyntaxError):
                 pass                                     # stays a str and fails below, with the text in the message
     for option in options:
@@ -527,13 +527,15 @@ def evaluate(engine, model, tokenizer, problems, prompts, sampling, samples, see
 # --------------------------------------------------------------------------------------------------- logs, checkpoints
 
 def write_lines(path, rows, mode="a"):
-    """Rows as JSON lines. Numbers that are not finite become null: NaN is no JSON."""
+    """Append rows as JSON lines, or with mode "w" replace the file whole. Numbers that are not finite become null."""
     def clean(x):
         if isinstance(x, dict):
             return {k: clean(v) for k, v in x.items()}
         return None if isinstance(x, float) and not math.isfinite(x) else x
-    with open(path, mode, encoding="utf-8") as file:
+    target = f"{path}.tmp" if mode == "w" else path
+    with open(target, mode, encoding="utf-8") as file:
         file.write("".join(json.dumps(clean(row)) + "\n" for row in rows))
+    os.replace(target, path)
 
 
 def read_lines(path):

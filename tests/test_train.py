@@ -88,6 +88,14 @@ def test_loss_does_not_depend_on_microbatches(train):
         assert same(weights(run)[0], weights(runs[0][1])[0], 2e-6)
 
 
+def test_bf16_compute(train):
+    """bf16 compute over fp32 masters: the same step within bf16's rounding, and weights that are not bf16 numbers."""
+    options = ("--max_steps=2", "--prefix=teacher", "--learning_rate=1e-5")
+    (exact, _), (rounded, run) = (train("configs/toy_sft.py", f"--dtype={dtype}", *options) for dtype in ("float32", "bfloat16"))
+    assert rounded[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.15) and rounded[0]["loss"] != exact[0]["loss"]
+    assert any((w != w.bfloat16().float()).any() for w in weights(run)[0].values())
+
+
 def test_loss_norm(train, monkeypatch):
     """"token": mean over all tokens of the step. "sequence": mean of per-sequence means. From the per-token numbers."""
     plain = utils.response_hidden
