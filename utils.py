@@ -149,15 +149,6 @@ def all_reduce(tensor, op="sum"):
     return tensor
 
 
-def all_gather(items):
-    """The lists of all ranks, joined in rank order."""
-    if not dist.is_initialized():
-        return items
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
-
-
 def derive_seed(*parts):
     """A 63-bit seed from ints and strings: seeds belong to prompts, not to ranks or batches."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
@@ -359,7 +350,8 @@ class HFEngine:
         model, device, limit = self.model, self.model.device, sampling.max_new_tokens
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)              # left-padded
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) + [1] * limit for p in prompts], device=device)
+        padding = torch.tensor([longest - len(p) for p in prompts], device=device)
+        mask = torch.arange(longest + limit, device=device) >= padding[:, None]                               # (B, T) bool
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         uniforms = torch.stack([torch.rand(limit, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
         stops = torch.tensor(sampling.stop_ids, device=device)
@@ -367,8 +359,12 @@ class HFEngine:
         tokens = torch.zeros(len(prompts), limit, dtype=torch.long, device=device)                            # (B, limit)
         logps, lengths = torch.zeros(len(prompts), limit, device=device), [limit] * len(prompts)
         stopped, alive, end = [False] * len(prompts), torch.arange(len(prompts), device=device), longest
+        # building the mask anew at every token is a tenth of a small model's time; these models take one that is ready
+        plain = (model.config._attn_implementation == "sdpa"
+                 and set(getattr(model.config, "layer_types", None) or ["full_attention"]) == {"full_attention"})
         for t in range(limit):
-            hidden = model.base_model(ids, attention_mask=mask[:, :end], position_ids=positions[:, end - ids.shape[1]:end],
+            seen = mask[:, None, None, :end] if plain and t else mask[:, :end]
+            hidden = model.base_model(ids, attention_mask=seen, position_ids=positions[:, end - ids.shape[1]:end],
                                       past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
             new, logp = sample_tokens((hidden @ head.T).float(), uniforms[:, t], sampling)
             tokens[alive, t], logps[alive, t] = new, logp
@@ -506,7 +502,11 @@ def evaluate(engine, model, tokenizer, problems, prompts, sampling, samples, see
         records.append({"index": i, "sample": j, "problem": problems[i]["problem"], "answer": gold, "response": response,
                         "correct": verdict, "reason": why, "length": len(tokens), "entropy": h / len(tokens), "stop": stop,
                         "tokens_after_box": tokens_after_box(tokenizer, tokens)})
-    records = sorted(all_gather(records), key=lambda r: (r["index"], r["sample"]))
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, records)
+        records = [record for part in parts for record in part]
+    records.sort(key=lambda r: (r["index"], r["sample"]))
     graded = [sum(r["correct"] for r in records[i:i + samples]) for i in range(0, len(records), samples)
               if records[i]["correct"] is not None]
     tails = [r["tokens_after_box"] for r in records if r["tokens_after_box"] is not None]

@@ -1,0 +1,140 @@
+"""
+Seconds per on-policy step, and decoding, beside other people's code; medians, all in one run.
+
+    python tests/bench_step.py            # or: make bench; `pip install trl==1.16.0` first to have TRL's row
+
+The step: 64 toy prompts, at most 96 new tokens, reverse KL, fp32, the toy student (0.12M parameters) and a teacher of 0.36M
+with random weights (timing does not depend on them). Learning rate 1e-6, so that response lengths stay what they are. The
+same models, prompts and sampling for TRL's DistillationTrainer, in alternating rounds. Prints a table, writes out/bench.json.
+"""
+
+import contextlib
+import io
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import train_distill  # noqa: E402  (needs the repository on the path)
+import utils  # noqa: E402
+from data import toy  # noqa: E402
+
+PROMPTS, NEW_TOKENS, ROUNDS, STEPS, WARMUP = 64, 96, 3, 10, 2
+
+
+def make_models(folder):
+    """The toy student and a 0.36M teacher, vocabularies of the same size (TRL asks for that)."""
+    torch.manual_seed(0)
+    teacher = toy.make_model(96, 3, 3, 272, 260)
+    teacher.save_pretrained(folder / "teacher")
+    toy.export_tokenizer(toy.make_encoding(), toy.TEACHER_STOP).save_pretrained(folder / "teacher")
+    return "data/toy/student", str(folder / "teacher")
+
+
+def our_steps(student, teacher, folder):
+    out = folder / "ours"
+    with contextlib.redirect_stdout(io.StringIO()):
+        train_distill.main(["configs/toy_opd.py", f"--student={student}", f"--teacher={teacher}", f"--max_new_tokens={NEW_TOKENS}",
+                            f"--batch_size={PROMPTS}", f"--max_steps={WARMUP + STEPS}", "--learning_rate=1e-6", "--eval_every=0",
+                            "--save_every=1000", f"--out_dir={out}", "--overwrite"])
+    rows = utils.read_lines(out / "metrics.jsonl")[WARMUP:]
+    phases = ("rollout_seconds", "teacher_seconds", "student_seconds", "optimizer_seconds")
+    return [sum(row[phase] for phase in phases) for row in rows], [row["mean_length"] for row in rows]
+
+
+def trl_steps(student, teacher, folder):
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import DistillationConfig, DistillationTrainer
+
+    class Clock(TrainerCallback):
+        times = []
+
+        def on_step_begin(self, *args, **kwargs):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            self.times.append(time.perf_counter() - self.start)
+
+    class Stepwise(DistillationTrainer):                 # batches, hence rollouts, are prepared inside the timed step
+        pass
+
+    model = utils.load_model(student, torch.float32)
+    model.generation_config.eos_token_id = [257, 260]
+    rows = utils.load_problems("data/toy/train.jsonl")[:PROMPTS * (WARMUP + STEPS + 1)]
+    args = DistillationConfig(
+        output_dir=str(folder / "trl"), per_device_train_batch_size=PROMPTS, max_steps=WARMUP + STEPS, learning_rate=1e-6,
+        max_completion_length=NEW_TOKENS, temperature=1.0, top_p=1.0, top_k=0, beta=1.0, bf16=False, gradient_checkpointing=False,
+        report_to="none", save_strategy="no", logging_strategy="no", use_cpu=True, disable_tqdm=True, lr_scheduler_type="constant")
+    clock = Clock()
+    clock.times.clear()
+    trainer = Stepwise(model=model, teacher_model=utils.load_model(teacher, torch.float32), args=args,
+                       train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": r["problem"]}]} for r in rows]),
+                       processing_class=utils.load_tokenizer(student), callbacks=[clock])
+    trainer.tokenizer_padding_side = "left"
+    trainer.train()
+    return clock.times[WARMUP:], [float("nan")]
+
+
+def decoding(student):
+    """Median seconds of our decode loop and of model.generate, and their mean response lengths."""
+    model, tokenizer = utils.load_model(student, torch.float32), utils.load_tokenizer(student)
+    rows = utils.load_problems("data/toy/train.jsonl")[:PROMPTS]
+    prompts = [utils.encode_prompt(tokenizer, row["problem"]) for row in rows]
+    engine, sampling = utils.HFEngine(model), utils.Sampling(NEW_TOKENS, (257, 260), vocab_size=272)
+    tokenizer.padding_side = "left"
+    padded = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
+
+    def theirs(seed):
+        torch.manual_seed(seed)
+        with torch.inference_mode():
+            return model.generate(**padded, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=NEW_TOKENS,
+                                  eos_token_id=[257, 260], pad_token_id=257)
+
+    def ours(seed):
+        return engine.generate(prompts, sampling, [seed * 1000 + i for i in range(PROMPTS)])
+    times = {"ours": [], "model.generate": []}
+    for seed in range(25):                               # in turn, so that a noisy machine is noisy for both
+        for name, call in (("ours", ours), ("model.generate", theirs)):
+            start = time.perf_counter()
+            call(seed)
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[4:]) for name, values in times.items()}
+
+
+def main():
+    torch.set_num_threads(2)
+    report = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        student, teacher = make_models(folder)
+        report["decoding_seconds"] = decoding(student)
+        ours, theirs, lengths = [], [], []
+        for _ in range(ROUNDS):
+            seconds, mean_lengths = our_steps(student, teacher, folder)
+            ours, lengths = ours + seconds, lengths + mean_lengths
+            try:
+                theirs += trl_steps(student, teacher, folder)[0]
+            except ImportError:
+                pass
+    report["step_seconds"] = {"ours": statistics.median(ours)} | ({"TRL": statistics.median(theirs)} if theirs else {})
+    report["mean_response_tokens"] = statistics.mean(lengths)
+    decode, step = report["decoding_seconds"], report["step_seconds"]
+    print(f"\n{'seconds, median':<44}{'ours':>8}{'theirs':>8}{'theirs/ours':>13}")
+    print(f"{'decode 64 rows (model.generate)':<44}{decode['ours']:>8.3f}{decode['model.generate']:>8.3f}"
+          f"{decode['model.generate'] / decode['ours']:>13.2f}")
+    if theirs:
+        print(f"{'on-policy step (TRL DistillationTrainer)':<44}{step['ours']:>8.3f}{step['TRL']:>8.3f}{step['TRL'] / step['ours']:>13.2f}")
+    else:
+        print(f"{'on-policy step (TRL is not installed)':<44}{step['ours']:>8.3f}")
+    Path("out").mkdir(exist_ok=True)
+    Path("out/bench.json").write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
