@@ -98,12 +98,13 @@ def table(runs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders")
-    parser.add_argument("--y", nargs="+", default=["accuracy", "entropy", "length", "loss"], help="what to draw, a panel each")
+    parser.add_argument("--y", nargs="+", help="what to draw, a panel each; default accuracy entropy length loss")
     parser.add_argument("--out", help="PNG to write; default curves.png in the run's folder, or in the current one for several")
     args = parser.parse_args()
     runs = {str(Path(folder)): read_run(folder) for folder in args.runs}
     out = args.out or str(Path(args.runs[0]) / "curves.png" if len(runs) == 1 else Path("curves.png"))
-    draw(runs, args.y, out)
+    evaluated = any(e["avg_at_k"] is not None for _, student, _ in runs.values() for e in student)
+    draw(runs, args.y or (["accuracy", "entropy", "length", "loss"] if evaluated else ["loss"]), out)
     print(f"wrote {out}")
     print("\n".join(table(runs)))
 

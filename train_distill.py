@@ -56,7 +56,8 @@ class Config:
     top_p: float = 1.0
     top_k: int = 0                                       # 0: all tokens
     stop: Literal["union", "student"] = "union"          # whose stop ids end a student's response
-    rollout_rows: int = 256                              # responses decoded together; bounds the KV cache
+    rollout_rows: int = 32                               # responses decoded together; bounds the KV cache: 0.6B, 4096 tokens
+                                                         # and 32 rows hold 15 GB
     # optimisation
     batch_size: int = 32                                 # prompts a step over all ranks, one response each
     max_steps: int = 1000
@@ -123,11 +124,10 @@ def check_tokenizers(student, teacher):
                         f"the teacher) are unknown to the other; choose a teacher from the student's family")
 
 
-def load_prompts(path, tokenizer, horizon, positions, verbose, limit=None, solutions=False):
+def usable_prompts(path, problems, tokenizer, horizon, positions, vocab_size, verbose, solutions=False):
     """(problems, prompt ids) of those that leave room for the horizon; the others are counted."""
-    problems = utils.load_problems(path)[:limit]
     for problem in problems if solutions else []:
-        if problem["solution"] is None:
+        if not (problem["solution"] or "").strip():
             raise UserError(f"{path}: teacher=None trains on solutions, and problem {problem['problem'][:40]!r} has none; add "
                             f"a \"solution\" to every line, or name a teacher")
     pairs = [(problem, utils.encode_prompt(tokenizer, problem["problem"])) for problem in problems]
@@ -136,6 +136,9 @@ def load_prompts(path, tokenizer, horizon, positions, verbose, limit=None, solut
         shortest = min(len(ids) for _, ids in pairs)
         raise UserError(f"{path}: no usable prompt: {horizon} new tokens and a prompt of {shortest} or more pass "
                         f"max_position_embeddings={positions}; lower max_new_tokens or eval_max_new_tokens")
+    if (largest := max(max(ids) for _, ids in usable)) >= vocab_size:
+        raise UserError(f"{path}: the chat template writes id {largest}, but the smaller vocabulary ends at "
+                        f"{vocab_size - 1}; choose models of one family")
     if verbose and len(usable) < len(pairs):
         print(f"warning: {path}: {len(pairs) - len(usable)} of {len(pairs)} prompts skipped: with {horizon} new tokens they "
               f"pass max_position_embeddings={positions}")
@@ -174,12 +177,17 @@ def main(argv):
             raise UserError(f"{checkpoint} was trained from student={state['student']!r}, not {cfg.student!r}; resume with "
                             f"that one, or start a new run from its weights with --student={checkpoint}")
 
+        if cfg.max_steps < state["step"]:
+            raise UserError(f"max_steps={cfg.max_steps}: {checkpoint} is at step {state['step']} already; raise max_steps")
+    problems = utils.load_problems(cfg.prompts)
+    eval_problems = utils.load_problems(cfg.eval_data)[:cfg.eval_prompts] if cfg.eval_every else []
+
     # models: fp32 masters for the student, the compute dtype for the teacher
     dtype = getattr(torch, cfg.dtype)
     tokenizer = utils.load_tokenizer(cfg.student)
     student = utils.load_model(checkpoint or cfg.student, torch.float32, device)
     models, template, teacher = [student], tokenizer, None
-    if cfg.teacher:
+    if cfg.teacher is not None:
         template = utils.load_tokenizer(cfg.teacher)     # the teacher's chat template makes the prompts
         check_tokenizers(tokenizer, template)
         tokenizer.chat_template = template.chat_template     # and goes into the checkpoints
@@ -192,12 +200,13 @@ def main(argv):
     student_stops = all_stops if cfg.stop == "union" else own_stops
     student.generation_config.eos_token_id = student_stops    # so a checkpoint stops where its training did
 
-    problems, prompts = load_prompts(cfg.prompts, template, cfg.max_new_tokens, positions, chief, solutions=teacher is None)
+    limits = positions, vocab_size, chief
+    problems, prompts = usable_prompts(cfg.prompts, problems, template, cfg.max_new_tokens, *limits, solutions=teacher is None)
     if cfg.eval_every:
-        eval_problems, eval_prompts = load_prompts(cfg.eval_data, template, cfg.eval_max_new_tokens, positions, chief,
-                                                   limit=cfg.eval_prompts)
+        eval_problems, eval_prompts = usable_prompts(cfg.eval_data, eval_problems, template, cfg.eval_max_new_tokens, *limits)
     if teacher is None:
-        solutions = [tokenizer.encode(p["solution"], add_special_tokens=False) + own_stops[:1] for p in problems]
+        end = tokenizer.eos_token_id if tokenizer.eos_token_id in own_stops else own_stops[0]
+        solutions = [[*tokenizer.encode(p["solution"], add_special_tokens=False), end] for p in problems]
 
     sampling = Sampling(cfg.max_new_tokens, tuple(student_stops if cfg.prefix == "student" else all_stops), cfg.temperature,
                         cfg.top_p, cfg.top_k, vocab_size)
@@ -217,10 +226,13 @@ def main(argv):
         dist.barrier()                                   # every rank has checked out_dir
     metrics_file = os.path.join(cfg.out_dir, "metrics.jsonl")
     if chief:
-        if cfg.overwrite:
-            shutil.rmtree(cfg.out_dir, ignore_errors=True)
+        if cfg.overwrite and os.path.exists(cfg.out_dir):
+            shutil.rmtree(os.path.realpath(cfg.out_dir))
         os.makedirs(cfg.out_dir, exist_ok=True)
         utils.print_config(cfg, origin)
+        for key, old in state.get("config", {}).items():     # of a resumed run
+            if key not in ("resume", "overwrite", "max_steps", "out_dir") and getattr(cfg, key) != old:
+                print(f"warning: {key}={getattr(cfg, key)!r} now, {old!r} when the checkpoint was written")
         with open(os.path.join(cfg.out_dir, "run_config.json"), "w") as file:
             json.dump(dataclasses.asdict(cfg), file, indent=1)
         done = utils.read_lines(metrics_file) if os.path.exists(metrics_file) else []
@@ -228,10 +240,9 @@ def main(argv):
         print(f"{len(prompts)} prompts, {world} process(es) on {device.type}, from step {state['step']}")
 
     def measure(engine, model, name, step, stops):
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            metrics, records = utils.evaluate(
-                engine, model, template, eval_problems, eval_prompts, dataclasses.replace(eval_sampling, stop_ids=tuple(stops)),
-                cfg.eval_samples, cfg.seed, cfg.max_tokens_per_microbatch, rank, world)
+        metrics, records = utils.evaluate(
+            engine, model, template, eval_problems, eval_prompts, dataclasses.replace(eval_sampling, stop_ids=tuple(stops)),
+            cfg.eval_samples, cfg.seed, cfg.max_tokens_per_microbatch, rank, world, dtype)
         if chief:
             utils.write_lines(metrics_file, [{"step": step, "model": name, **metrics}])
             utils.write_lines(os.path.join(cfg.out_dir, f"samples_{name}_{step:06d}.jsonl"), records, mode="w")
@@ -276,7 +287,8 @@ def main(argv):
         counts = torch.tensor([sum(len(r) for _, r in sequences), len(sequences), truncated, *flops], dtype=torch.float64)
         all_tokens, all_sequences, truncated, *flops = utils.all_reduce(counts.to(device)).tolist()
         student_flops, teacher_flops, writer_flops = flops
-        longest = int(utils.all_reduce(torch.tensor(max([len(r) for _, r in sequences], default=0), device=device), "max"))
+        longest = torch.tensor(max([len(r) for _, r in sequences], default=0), device=device)
+        longest = utils.all_reduce(longest, dist.ReduceOp.MAX).item()
         timer.lap("rollout")
 
         # 2. - 3. hidden states of both models on those prefixes, and the KL from them, gradient included
@@ -288,11 +300,9 @@ def main(argv):
             weight = torch.tensor(norms, device=device)                                                # (N,)
             if teacher:
                 with torch.no_grad():
-                    h_p = utils.response_hidden(teacher, batch)                                        # (N, H_t)
+                    h_p = utils.response_hidden(teacher, batch, dtype)                                 # (N, H_t)
                 timer.lap("teacher")
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                h_q = utils.response_hidden(student, batch)                                            # (N, H)
-            h_q = h_q.to(dtype)
+            h_q = utils.response_hidden(student, batch, dtype)                                         # (N, H)
             if teacher:
                 loss, *stats = linear_kl(h_q, head_q, h_p, teacher.get_output_embeddings().weight, weight, cfg.reverse_weight)
             else:                                        # cross-entropy is the forward KL to a one-hot p

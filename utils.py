@@ -142,10 +142,10 @@ def init_processes():
     return rank, world, device
 
 
-def all_reduce(tensor, op="sum"):
-    """In place over all ranks ("sum" or "max"); alone, the tensor as it is."""
+def all_reduce(tensor, op=dist.ReduceOp.SUM):
+    """In place over all ranks; alone, the tensor as it is."""
     if dist.is_initialized():
-        dist.all_reduce(tensor, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, op)
     return tensor
 
 
@@ -171,7 +171,7 @@ def load_problems(path):
     answer is a worked solution ending in "#### 42", is read as well. Raises UserError naming file and line.
     """
     if not Path(path).is_file():
-        raise UserError(f"no prompt file {path}; `python data/toy.py` writes the toy problems")
+        raise UserError(f"no prompt file {path}; it should be JSONL, {{\"problem\": ..., \"answer\": ...}} on each line")
     rows = []
     try:
         with open(path, encoding="utf-8") as file:
@@ -196,6 +196,8 @@ def _read_problem(line, where):
         raise UserError(f"{where}: no \"problem\" or \"question\" text; found the keys {sorted(row)}")
     if not isinstance(answer, (str, int, float, type(None))):
         raise UserError(f"{where}: \"answer\" is a {type(answer).__name__}; it must be text or a number")
+    if not isinstance(solution, str | None):
+        raise UserError(f"{where}: \"solution\" is a {type(solution).__name__}; it must be text")
     if isinstance(answer, str) and "####" in answer:
         solution, answer = answer, answer.split("####")[-1].strip()
     return {"problem": problem, "answer": None if answer is None else str(answer), "solution": solution}
@@ -203,8 +205,10 @@ def _read_problem(line, where):
 
 def encode_prompt(tokenizer, problem):
     """Token ids of one user message through the chat template, ready for the answer."""
-    messages = [{"role": "user", "content": problem}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False, tokenize=False)
+    if not tokenizer.chat_template:
+        raise UserError(f"{tokenizer.name_or_path}: its tokenizer has no chat template; add a chat_template.jinja beside it")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": problem}], add_generation_prompt=True,
+                                         enable_thinking=False, tokenize=False)
     return tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -223,29 +227,27 @@ def load_model(path, dtype, device="cpu"):
     """A causal LM in eval mode (no dropout), in `dtype`. Raises UserError when it is missing or its head is not linear."""
     _check_model_path(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: cannot load a model there: {_first_line(error)}") from error
+    if info["missing_keys"]:
+        raise UserError(f"{path}: the checkpoint lacks {sorted(info['missing_keys'])[0]}; its weights would be random")
     check_head(model, path)
     return model.to(device).eval()
 
 
 def check_head(model, name):
     """The loss is taken from hidden states, so logits must be `hidden @ W.T` and nothing more."""
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise UserError(f"{name}: its LM head has a bias; only logits = hidden @ W.T is supported")
-    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(model.config, key, None) not in (None, 1.0):
-            raise UserError(f"{name}: its config has {key}; only logits = hidden @ W.T is supported")
+    found = [key for key in ("final_logit_softcapping", "logit_scale", "logits_scaling")
+             if getattr(model.config, key, None) not in (None, 1.0)]
+    if found or getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise UserError(f"{name}: its LM head has a {(found or ['bias'])[0]}; only logits = hidden @ W.T is supported")
 
 
 def _check_model_path(path):
-    looks_local = str(path).startswith((".", "/", "~")) or str(path).count("/") != 1
-    if looks_local or Path(path).parent.is_dir():
-        if not Path(path).is_dir():
-            raise UserError(f"no model folder {path}; give a folder with config.json, or a hub name such as Qwen/Qwen3-0.6B")
-        if not (Path(path) / "config.json").is_file():
-            raise UserError(f"{path} is no model folder: it has no config.json")
+    is_hub_name = str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")) and not Path(path).parent.is_dir()
+    if not is_hub_name and not (Path(path) / "config.json").is_file():
+        raise UserError(f"no model folder {path}: it has no config.json; give a folder, or a hub name such as Qwen/Qwen3-0.6B")
 
 
 def _first_line(error):
@@ -258,7 +260,7 @@ def stop_ids(model, tokenizer):
     ids = tokenizer.eos_token_id if ids is None else ids
     if ids is None:
         raise UserError(f"{model.name_or_path}: neither generation_config.json nor the tokenizer has an eos_token_id")
-    return list(ids) if isinstance(ids, (list, tuple)) else [ids]
+    return [ids] if isinstance(ids, int) else list(ids)
 
 
 def forward_flops(config, lengths):
@@ -298,8 +300,7 @@ def sample_tokens(logits, uniforms, sampling):
     if sampling.temperature == 0:
         tokens = logits.argmax(-1)
     else:
-        scaled = logits / sampling.temperature
-        ids = None
+        scaled, ids = logits / sampling.temperature, None
         if sampling.top_k or sampling.top_p < 1:
             scaled, ids = scaled.sort(dim=-1, descending=True, stable=True)
             if 0 < sampling.top_k < scaled.shape[-1]:
@@ -321,8 +322,11 @@ class HFEngine:
 
     def __init__(self, model, dtype=torch.float32, max_rows=512):
         # share the weights, or keep a copy in the compute dtype; max_rows decoded together bound the KV cache
-        self.model = model if model.dtype == dtype else copy.deepcopy(model).to(dtype).eval()
-        self.max_rows = max_rows
+        self.model, self.max_rows = model, max_rows
+        if model.dtype != dtype:
+            self.model = copy.deepcopy(model).eval()
+            for parameter in self.model.parameters():    # buffers stay: rotary frequencies in bf16 are radians off at 4096
+                parameter.data = parameter.data.to(dtype)
 
     @torch.no_grad()
     def sync(self, model):
@@ -398,10 +402,10 @@ def microbatches(lengths, max_tokens):
     return batches
 
 
-def response_hidden(model, sequences):
+def response_hidden(model, sequences, dtype=torch.float32):
     """
-    Hidden states (N, H) after the final norm that predict each response token of the (prompt, response) sequences, in order:
-    those at positions len(prompt) - 1 ... len(prompt) + len(response) - 2.
+    Hidden states (N, H) in `dtype` (by autocast where the weights are wider), after the final norm, that predict each response
+    token of the (prompt, response) sequences, in order: positions len(prompt) - 1 ... len(prompt) + len(response) - 2.
 
     Padded on the right and run without a mask: under causal attention no real token sees the padding, and positions, never
     token ids, say what is a response.
@@ -409,9 +413,10 @@ def response_hidden(model, sequences):
     device = model.device
     width = max(len(p) + len(r) for p, r in sequences)
     ids = torch.tensor([[*p, *r, *[0] * (width - len(p) - len(r))] for p, r in sequences], device=device)     # (B, T)
-    hidden = model.base_model(ids, use_cache=False).last_hidden_state                                         # (B, T, H)
+    with torch.autocast(device.type, dtype, enabled=model.dtype != dtype):
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state                                     # (B, T, H)
     where = [row * width + len(p) - 1 + t for row, (p, r) in enumerate(sequences) for t in range(len(r))]
-    return hidden.flatten(0, 1)[torch.tensor(where, dtype=torch.long, device=device)]
+    return hidden.flatten(0, 1)[torch.tensor(where, dtype=torch.long, device=device)].to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------- grading, evaluation
@@ -453,10 +458,9 @@ def normalise_answer(text):
 def as_number(text):
     """Exact Fraction of 42, -0.5, 1/2 or \\frac{1}{2}; None for anything else."""
     text = re.sub(r"\\frac\{([+-]?\d+)\}\{(\d+)\}", r"\1/\2", text)
-    try:
-        return Fraction(text) if len(text) < 100 else None
-    except (ValueError, ZeroDivisionError):
-        return None
+    if len(text) > 100 or not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)|[+-]?\d+/0*[1-9]\d*", text):
+        return None                                      # Fraction("1e9999999") would take for ever
+    return Fraction(text)
 
 
 def pass_at_k(n, correct, k):
@@ -468,15 +472,13 @@ def pass_at_k(n, correct, k):
 
 def tokens_after_box(tokenizer, tokens):
     """Response tokens after the one that completes the first "\\boxed"; None when there is no box."""
-    def boxed(n):
-        return "\\boxed" in tokenizer.decode(tokens[:n])
-    if not boxed(len(tokens)):
-        return None
-    return len(tokens) - bisect.bisect_left(range(len(tokens) + 1), True, key=boxed)
+    first = bisect.bisect_left(range(len(tokens) + 1), True, key=lambda n: "\\boxed" in tokenizer.decode(tokens[:n]))
+    return len(tokens) - first if first <= len(tokens) else None
 
 
 @torch.no_grad()
-def evaluate(engine, model, tokenizer, problems, prompts, sampling, samples, seed, max_tokens, rank=0, world=1):
+def evaluate(engine, model, tokenizer, problems, prompts, sampling, samples, seed, max_tokens, rank=0, world=1,
+             dtype=torch.float32):
     """
     Sample `samples` responses a problem and measure them. Returns (metrics, records); every rank gets all of both.
 
@@ -489,9 +491,9 @@ def evaluate(engine, model, tokenizer, problems, prompts, sampling, samples, see
     entropy = [0.0] * len(mine)
     sequences = [(prompts[i], tokens) for (i, _), (tokens, _, _) in zip(mine, rollouts)]
     for batch in microbatches([len(p) + len(r) for p, r in sequences], max_tokens):
-        hidden = response_hidden(model, [sequences[b] for b in batch])
+        hidden = response_hidden(model, [sequences[b] for b in batch], dtype)
         targets = torch.tensor([t for b in batch for t in sequences[b][1]], device=hidden.device)
-        _, per_token = linear_logp(hidden, model.get_output_embeddings().weight[:sampling.vocab_size].to(hidden.dtype), targets)
+        _, per_token = linear_logp(hidden, model.get_output_embeddings().weight[:sampling.vocab_size], targets)
         for b, part in zip(batch, per_token.split([len(sequences[b][1]) for b in batch])):
             entropy[b] = part.sum().item()
     records = []
@@ -573,8 +575,7 @@ def prepare_out_dir(out_dir, resume, overwrite, inputs=()):
         if not overwrite:
             raise UserError(f"out_dir={str(path)!r} exists: --resume goes on with that run, --overwrite deletes it")
         if not (path / "run_config.json").is_file():
-            raise UserError(f"out_dir={str(path)!r} is no run folder (no run_config.json), so --overwrite will not delete it; "
-                            f"choose another name")
+            raise UserError(f"out_dir={str(path)!r} has no run_config.json; --overwrite deletes run folders only")
         for name in inputs:
             if name and path.resolve() in Path(name).resolve().parents:
                 raise UserError(f"--overwrite would delete {name}, which this run reads; choose another out_dir")
@@ -592,10 +593,8 @@ def save_checkpoint(out_dir, model, tokenizer, optimizer, state, best, keep):
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    tensors = {}
-    for parameter_name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{parameter_name}/{key}"] = value.contiguous()
+    tensors = {f"{name_}/{key}": value.contiguous() for name_, parameter in model.named_parameters()
+               for key, value in optimizer.state.get(parameter, {}).items()}
     save_file(tensors, temporary / "optimizer.safetensors")
     (temporary / "train_state.json").write_text(json.dumps(state, indent=1))
     shutil.rmtree(out_dir / name, ignore_errors=True)
@@ -648,7 +647,7 @@ def run(main, doc, cls):
     try:
         main(sys.argv[1:])
     except UserError as error:
-        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+        sys.exit(f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)       # once a machine
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

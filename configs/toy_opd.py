@@ -9,6 +9,8 @@ prefix = "student"
 reverse_weight = 1.0
 max_new_tokens = 160                # the longest hundredth of the teacher's responses is cut
 
+rollout_rows = 512
+
 batch_size = 64
 max_steps = 100
 learning_rate = 2e-4

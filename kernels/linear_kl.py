@@ -13,7 +13,8 @@ projection is done once (6 N H V + 2 N H_t V FLOPs) and only (C, V) logits exist
 
 import torch
 
-CPU_ROWS = 600_000                                       # elements of a block of rows that stay in cache; measured
+CPU_BLOCK = 600_000                                      # elements of a block of rows that stay in cache; measured
+GPU_BLOCK = 1 << 26                                      # the row maths holds some ten such blocks, 256 MB each
 CHUNK_BYTES = 6 << 30                                    # GPU memory for one chunk's logits and their gradient
 
 
@@ -96,14 +97,14 @@ def _add_mm_(out, a, b):
 
 
 def _chunks(N, V, device):
-    """Slices of tokens whose logits are in memory together: traffic per chunk against its size, see the README."""
+    """Slices of tokens whose logits are in memory together: W and dW are read and written once a chunk, so not too small."""
     C = max(128, min(4096, CHUNK_BYTES // (10 * V)) // 128 * 128) if device.type == "cuda" else max(256, (1 << 20) // V)
     return [slice(i, min(i + C, N)) for i in range(0, N, C)]
 
 
 def _blocks(C, V, device):
-    """Slices of a chunk small enough to stay in a CPU's cache between the passes over them."""
-    rows = C if device.type == "cuda" else max(4, CPU_ROWS // V)
+    """Slices of a chunk for the row maths: on a CPU small enough to stay in cache between its passes."""
+    rows = max(4, (GPU_BLOCK if device.type == "cuda" else CPU_BLOCK) // V)
     return [slice(i, min(i + rows, C)) for i in range(0, C, rows)]
 
 

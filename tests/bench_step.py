@@ -39,9 +39,9 @@ def make_models(folder):
 def our_steps(student, teacher, folder):
     out = folder / "ours"
     with contextlib.redirect_stdout(io.StringIO()):
-        train_distill.main(["configs/toy_opd.py", f"--student={student}", f"--teacher={teacher}", f"--max_new_tokens={NEW_TOKENS}",
-                            f"--batch_size={PROMPTS}", f"--max_steps={WARMUP + STEPS}", "--learning_rate=1e-6", "--eval_every=0",
-                            "--save_every=1000", f"--out_dir={out}", "--overwrite"])
+        train_distill.main(["configs/toy_opd.py", f"--student={student}", f"--teacher={teacher}", "--learning_rate=1e-6",
+                            f"--batch_size={PROMPTS}", f"--max_steps={WARMUP + STEPS}", "--eval_every=0",
+                            f"--max_new_tokens={NEW_TOKENS}", "--save_every=1000", f"--out_dir={out}", "--overwrite"])
     rows = utils.read_lines(out / "metrics.jsonl")[WARMUP:]
     phases = ("rollout_seconds", "teacher_seconds", "student_seconds", "optimizer_seconds")
     return [sum(row[phase] for phase in phases) for row in rows], [row["mean_length"] for row in rows]
@@ -61,24 +61,20 @@ def trl_steps(student, teacher, folder):
         def on_step_end(self, *args, **kwargs):
             self.times.append(time.perf_counter() - self.start)
 
-    class Stepwise(DistillationTrainer):                 # batches, hence rollouts, are prepared inside the timed step
-        pass
-
     model = utils.load_model(student, torch.float32)
     model.generation_config.eos_token_id = [257, 260]
     rows = utils.load_problems("data/toy/train.jsonl")[:PROMPTS * (WARMUP + STEPS + 1)]
     args = DistillationConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=PROMPTS, max_steps=WARMUP + STEPS, learning_rate=1e-6,
-        max_completion_length=NEW_TOKENS, temperature=1.0, top_p=1.0, top_k=0, beta=1.0, bf16=False, gradient_checkpointing=False,
-        report_to="none", save_strategy="no", logging_strategy="no", use_cpu=True, disable_tqdm=True, lr_scheduler_type="constant")
+        max_completion_length=NEW_TOKENS, temperature=1.0, top_p=1.0, top_k=0, beta=1.0, bf16=False, use_cpu=True,
+        gradient_checkpointing=False, lr_scheduler_type="constant", report_to="none", save_strategy="no",
+        logging_strategy="no", disable_tqdm=True)
     clock = Clock()
     clock.times.clear()
-    trainer = Stepwise(model=model, teacher_model=utils.load_model(teacher, torch.float32), args=args,
-                       train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": r["problem"]}]} for r in rows]),
-                       processing_class=utils.load_tokenizer(student), callbacks=[clock])
-    trainer.tokenizer_padding_side = "left"
-    trainer.train()
-    return clock.times[WARMUP:], [float("nan")]
+    prompts = Dataset.from_list([{"prompt": [{"role": "user", "content": row["problem"]}]} for row in rows])
+    DistillationTrainer(model=model, teacher_model=utils.load_model(teacher, torch.float32), args=args, train_dataset=prompts,
+                        processing_class=utils.load_tokenizer(student), callbacks=[clock]).train()
+    return clock.times[WARMUP:]
 
 
 def decoding(student):
@@ -119,7 +115,7 @@ def main():
             seconds, mean_lengths = our_steps(student, teacher, folder)
             ours, lengths = ours + seconds, lengths + mean_lengths
             try:
-                theirs += trl_steps(student, teacher, folder)[0]
+                theirs += trl_steps(student, teacher, folder)
             except ImportError:
                 pass
     report["step_seconds"] = {"ours": statistics.median(ours)} | ({"TRL": statistics.median(theirs)} if theirs else {})
@@ -129,7 +125,8 @@ def main():
     print(f"{'decode 64 rows (model.generate)':<44}{decode['ours']:>8.3f}{decode['model.generate']:>8.3f}"
           f"{decode['model.generate'] / decode['ours']:>13.2f}")
     if theirs:
-        print(f"{'on-policy step (TRL DistillationTrainer)':<44}{step['ours']:>8.3f}{step['TRL']:>8.3f}{step['TRL'] / step['ours']:>13.2f}")
+        print(f"{'on-policy step (TRL DistillationTrainer)':<44}{step['ours']:>8.3f}{step['TRL']:>8.3f}"
+              f"{step['TRL'] / step['ours']:>13.2f}")
     else:
         print(f"{'on-policy step (TRL is not installed)':<44}{step['ours']:>8.3f}")
     Path("out").mkdir(exist_ok=True)

@@ -225,7 +225,8 @@ def test_reads_gsm8k(tmp_path):
     (r"\boxed{1,234}", "1234", True), (r"\boxed{(1,2)}", "(1, 2)", True), (r"\boxed{12}", "(1,2)", False),
     (r"\boxed{\text{east}}", "east", True), (r"\boxed{$5$}", "5", True), (r"\boxed{5.}", "5", True),
     ("#### 42", "42", True), ("x = 42", "42", False), (r"\boxed{42", "42", False), (r"\boxed{}", "42", False),
-    (r"\boxed{1/0}", "1", False), (r"\boxed{{7}}", "{7}", True), ("", "1", False),
+    (r"\boxed{1/0}", "1", False), (r"\boxed{1e9999999999}", "1", False), (r"\boxed{-.5}", "-1/2", True),
+    (r"\boxed{{7}}", "{7}", True), ("", "1", False),
 ])
 def test_grade(response, gold, verdict):
     assert utils.grade(response, gold)[0] is verdict

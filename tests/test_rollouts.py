@@ -114,6 +114,7 @@ def test_bf16_copy_follows_sync(student, prompts):
     engine.sync(student)
     assert engine.generate(prompts[:4], Sampling(12, STOPS, vocab_size=272), [1, 2, 3, 4]) != before
     assert all(torch.equal(a, b.bfloat16()) for a, b in zip(engine.model.parameters(), student.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(engine.model.buffers(), student.buffers()))    # rotary frequencies stay fp32
 
 
 # ----------------------------------------------------------------------------------------------- forward over responses

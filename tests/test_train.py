@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import SHORT, STOPS
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_distill
@@ -53,7 +53,7 @@ def test_cells(train, name):
 def test_prefix_source(train, monkeypatch, teacher, student):
     """What the loss is taken on was written by the model that `prefix` names: its own log-probs are the higher ones."""
     seen, plain = [], utils.response_hidden
-    monkeypatch.setattr(utils, "response_hidden", lambda model, batch: seen.append(batch) or plain(model, batch))
+    monkeypatch.setattr(utils, "response_hidden", lambda m, batch, dtype: seen.append(batch) or plain(m, batch, dtype))
     gaps = []
     for name in ("toy_sft", "toy_opd"):
         seen.clear()
@@ -81,7 +81,8 @@ def test_hard_labels(train, student):
 
 
 def test_loss_does_not_depend_on_microbatches(train):
-    runs = [train("configs/toy_opd.py", "--max_steps=3", f"--max_tokens_per_microbatch={budget}") for budget in (40, 200, 9999)]
+    runs = [train("configs/toy_opd.py", "--max_steps=3", "--max_new_tokens=96", f"--max_tokens_per_microbatch={budget}")
+            for budget in (40, 200, 9999)]
     for rows, run in runs[1:]:
         for a, b in zip(steps(rows), steps(runs[0][0])):
             assert a["loss"] == pytest.approx(b["loss"], abs=1e-6) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
@@ -91,7 +92,8 @@ def test_loss_does_not_depend_on_microbatches(train):
 def test_bf16_compute(train):
     """bf16 compute over fp32 masters: the same step within bf16's rounding, and weights that are not bf16 numbers."""
     options = ("--max_steps=2", "--prefix=teacher", "--learning_rate=1e-5")
-    (exact, _), (rounded, run) = (train("configs/toy_sft.py", f"--dtype={dtype}", *options) for dtype in ("float32", "bfloat16"))
+    exact, _ = train("configs/toy_sft.py", *options)
+    rounded, run = train("configs/toy_sft.py", "--dtype=bfloat16", *options)
     assert rounded[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.15) and rounded[0]["loss"] != exact[0]["loss"]
     assert any((w != w.bfloat16().float()).any() for w in weights(run)[0].values())
 
@@ -107,9 +109,9 @@ def test_loss_norm(train, monkeypatch):
             per_token.append(out[2])
             return out
 
-        def spy_hidden(model, batch, lengths=lengths):
+        def spy_hidden(model, batch, dtype, lengths=lengths):
             lengths.append([len(r) for _, r in batch])
-            return plain(model, batch)
+            return plain(model, batch, dtype)
         monkeypatch.setattr(train_distill, "linear_kl", spy)
         monkeypatch.setattr(utils, "response_hidden", spy_hidden)
         rows, _ = train("configs/toy_opd.py", "--max_steps=1", "--max_new_tokens=64", f"--loss_norm={norm}")
@@ -153,8 +155,8 @@ def test_resume_is_exact(train):
 
 def test_two_processes_equal_one(train, tmp_path):
     """Five steps: the same losses to 1e-5 and the same weights to 2e-5, with an evaluation in between."""
-    options = ["--max_steps=5", "--eval_every=5", "--eval_prompts=3", "--eval_samples=2", "--eval_max_new_tokens=24",
-               "--eval_teacher=False"]
+    options = ["--max_steps=5", "--max_new_tokens=96", "--eval_every=5", "--eval_prompts=3", "--eval_samples=2",
+               "--eval_max_new_tokens=24", "--eval_teacher=False"]
     one, a = train("configs/toy_opd.py", *options)
     b = tmp_path / "two"
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_distill.py",
@@ -205,19 +207,43 @@ def test_nonfinite_loss_stops(train, monkeypatch, tmp_path):
     assert [row["step"] for row in steps(rows)] == [1, 2, 3, 4] and all(row["loss"] > 0 for row in steps(rows))
 
 
-def test_step_without_a_token(train, tmp_path):
-    """Hard-label SFT on empty solutions, horizon 1 ... and a step in which nothing can be learned is logged and passed."""
-    monkey = tmp_path / "empty.jsonl"
-    monkey.write_text(json.dumps({"problem": "1+2?", "answer": "3", "solution": ""}) + "\n")
-    rows, _ = train("configs/toy_hard_sft.py", f"--prompts={monkey}", "--max_steps=1", "--max_new_tokens=1")
-    assert rows[0]["tokens"] == 8                        # each response is its stop token
-    plain = utils.HFEngine.generate
-    utils.HFEngine.generate = lambda self, prompts, *_: [([], [], "length") for _ in prompts]
-    try:
-        rows, run = train("configs/toy_opd.py", "--max_steps=2")
-    finally:
-        utils.HFEngine.generate = plain
+def test_step_without_a_token(train, monkeypatch):
+    """Nothing to learn from: logged, no update, no division by zero."""
+    monkeypatch.setattr(utils.HFEngine, "generate", lambda self, prompts, *_: [([], [], "length") for _ in prompts])
+    rows, run = train("configs/toy_opd.py", "--max_steps=2")
     assert [row["loss"] for row in rows] == [0.0, 0.0] and [row["tokens"] for row in rows] == [0, 0]
+    assert same(weights(run)[0], {k: v.float() for k, v in load_file("data/toy/student/model.safetensors").items()})
+
+
+def test_keys_reach_the_sampler(train, monkeypatch):
+    """Every sampling key arrives; stop="student" drops the teacher's id, but not for what the teacher writes."""
+    calls, plain = [], utils.HFEngine.generate
+    monkeypatch.setattr(utils.HFEngine, "generate", lambda self, prompts, sampling, seeds: calls.append(
+        (self.max_rows, sampling)) or plain(self, prompts, sampling, seeds))
+    options = ("--max_steps=1", "--temperature=0.9", "--top_p=0.8", "--top_k=7", "--stop=student", "--rollout_rows=5",
+               "--eval_every=1", "--eval_prompts=2", "--eval_samples=1", "--eval_max_new_tokens=9", "--eval_temperature=0.5",
+               "--eval_top_p=0.7")
+    train("configs/toy_opd.py", *options)
+    teacher, before, step, after = calls
+    assert step == (5, utils.Sampling(24, (257,), 0.9, 0.8, 7, 272))
+    assert before == after == (5, utils.Sampling(9, (257,), 0.5, 0.7, 0, 272)) and teacher[1].stop_ids == (257, 260)
+    calls.clear()
+    train("configs/toy_sft.py", *options, "--eval_every=0")
+    assert calls == [(5, utils.Sampling(24, (257, 260), 0.9, 0.8, 7, 272))]
+
+
+def test_warmup_and_sync(train, monkeypatch):
+    """lr rises linearly, then stays; before every rollout the engine's bf16 copy equals the masters of that step."""
+    gaps, plain = [], utils.HFEngine.generate
+    students = []
+    load = utils.load_model
+    monkeypatch.setattr(utils, "load_model", lambda *args: students.append(load(*args)) or students[-1])
+    monkeypatch.setattr(utils.HFEngine, "generate", lambda self, *args: gaps.append(max(
+        (a - b.bfloat16()).abs().max().item() for a, b in zip(self.model.parameters(), students[0].parameters())))
+        or plain(self, *args))
+    rows, _ = train("configs/toy_opd.py", "--max_steps=4", "--dtype=bfloat16", "--warmup_steps=3", "--learning_rate=3e-3")
+    assert [row["learning_rate"] for row in rows] == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3])
+    assert gaps == [0.0] * 4
 
 
 def test_real_problems(train, tmp_path):
@@ -250,6 +276,13 @@ def broken(tmp_path_factory):
     text = (root / "other_tokenizer" / "tokenizer.json").read_text()
     (root / "other_tokenizer" / "tokenizer.json").write_text(text.replace('"3": 51', '"3": 52').replace('"4": 52', '"4": 51'))
     shutil.copytree("data/toy/student", root / "cut")
+    tensors = load_file("data/toy/student/model.safetensors")
+    del tensors["model.norm.weight"]
+    shutil.copytree("data/toy/student", root / "lacking")
+    save_file(tensors, root / "lacking" / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree("data/toy/teacher", root / "untemplated")
+    (root / "untemplated" / "chat_template.jinja").unlink()
+    (root / "unsolved.jsonl").write_text('{"problem": "1+2?", "answer": "3", "solution": " "}\n')
     (root / "cut" / "model.safetensors").write_bytes((root / "cut" / "model.safetensors").read_bytes()[:5000])
     return root
 
@@ -258,6 +291,11 @@ def broken(tmp_path_factory):
     ("--student=data/toy/studnt", "no model folder data/toy/studnt"),
     ("--student={root}/nothing", "no config.json"),
     ("--student={root}/cut", "cannot load a model there"),
+    ("--student={root}/lacking", "the checkpoint lacks model.norm.weight"),
+    ("--teacher={root}/untemplated", "has no chat template"),
+    ("--teacher=", "no model folder"),
+    ("--teacher=None --prefix=teacher --reverse_weight=0 --eval_teacher=False --prompts={root}/unsolved.jsonl",
+     "problem '1.2.' has none; add a \"solution\""),
     ("--teacher={root}/other_tokenizer", "incompatible tokenizers: id 51 is '3' for the student and '4' for the teacher"),
     ("--prompts={root}/none.jsonl", "no prompt file"),
     ("--prompts={root}/empty.jsonl", "holds no problems"),
@@ -274,7 +312,7 @@ def broken(tmp_path_factory):
     ("--batch_size=0", "batch_size=0: must be a positive multiple"),
     ("--top_p=0", r"top_p=0.0: must be in \(0, 1\]"),
     ("--out_dir={root}/used", "exists: --resume goes on with that run, --overwrite deletes it"),
-    ("--out_dir={root}/used --overwrite", "is no run folder"),
+    ("--out_dir={root}/used --overwrite", "deletes run folders only"),
     ("--out_dir={root}/new --resume", "nothing to resume"),
     ("--out_dir={root}/used/thesis.txt", "is a file"),
     ("configs/toy_odp.py", "two config files"),
@@ -304,6 +342,8 @@ def test_resume_mistakes(train):
     with pytest.raises(utils.UserError, match="is damaged"):
         train_distill.main(again)
     state.write_text(text)
+    with pytest.raises(utils.UserError, match="max_steps=0: .* is at step 1 already"):
+        train_distill.main([*again, "--max_steps=0"])
     for name in ("optimizer.safetensors", "model.safetensors"):
         whole = (run / "last" / name).read_bytes()
         (run / "last" / name).write_bytes(whole[:-100])
