@@ -306,10 +306,10 @@ def sample_tokens(logits, uniforms, sampling):
             if 0 < sampling.top_k < scaled.shape[-1]:
                 scaled, ids = scaled[:, :sampling.top_k], ids[:, :sampling.top_k]
         # fp64: a cumulative sum over 150k fp32 probabilities would lose the tail
-        probs = torch.softmax(scaled.double(), -1)
-        cdf = probs.cumsum(-1)
+        probs = torch.softmax(scaled, -1)
+        cdf = probs.cumsum(-1, dtype=torch.float64)
         if sampling.top_p < 1:                           # drop a token when those before it already hold top_p
-            cdf = probs.masked_fill_(cdf - probs >= sampling.top_p, 0).cumsum(-1)
+            cdf = probs.masked_fill_(cdf - probs >= sampling.top_p, 0).cumsum(-1, dtype=torch.float64)
         choice = torch.searchsorted(cdf, uniforms.double()[:, None] * cdf[:, -1:], right=True)
         choice.clamp_(max=cdf.shape[-1] - 1)
         tokens = (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
@@ -416,7 +416,7 @@ def response_hidden(model, sequences, dtype=torch.float32):
     with torch.autocast(device.type, dtype, enabled=model.dtype != dtype):
         hidden = model.base_model(ids, use_cache=False).last_hidden_state                                     # (B, T, H)
     where = [row * width + len(p) - 1 + t for row, (p, r) in enumerate(sequences) for t in range(len(r))]
-    return hidden.flatten(0, 1)[torch.tensor(where, dtype=torch.long, device=device)].to(dtype)
+    return hidden.flatten(0, 1).index_select(0, torch.tensor(where, dtype=torch.long, device=device)).to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------- grading, evaluation

@@ -1,21 +1,37 @@
 """
-Full-vocabulary KL from hidden states, without ever holding N x V logits.
+Full-vocabulary KL from hidden states: linear layer -> log-sum-exp -> KL, without ever holding N x V logits.
 
-N response tokens, V vocabulary, H / H_t hidden sizes of student q and teacher p; z = logits, d = log q - log p.
+N response tokens, V vocabulary, H / H_t hidden sizes of student q and teacher p, T temperature; z = logits / T, and
 
-    forward KL(p||q) = sum_v (q - p - p d)          every term >= 0; for small |d| written as p d^2 (1/2 + d/6 + ...), since
-    reverse KL(q||p) = sum_v (p - q + q d)          q - p - p d would be a difference of near-equal numbers there
-    d loss / d z_q   = w/T [ (1 - lam) (q - p) + lam q (d - KL(q||p)) ]                                     (Proposition 1)
+    log q = (z - max z) - log sum exp(z - max z)          d = log q - log p
+    forward KL(p||q) = sum_v  q - p - p d                 every term is >= 0: no sum of large numbers of both signs
+    reverse KL(q||p) = sum_v  p - q + q d
+    d loss / d logit = w/T [ (1 - lam) (q - p) + lam q (d - KL(q||p)) ]                                    (Proposition 1)
 
-The gradient needs nothing from above the loss but a scalar, so it is computed in the forward, chunk by chunk over tokens: each
-projection is done once (6 N H V + 2 N H_t V FLOPs) and only (C, V) logits exist at a time.
+The gradient needs nothing from above the loss but a scalar, so it is computed in the forward, a chunk of C tokens at a time:
+
+    Z_q = h_q W_q^T,  Z_p = h_p W_p^T                     two GEMMs, fp32 out                      2 N V (H + H_t) FLOPs
+    the row maths: Z_q, Z_p -> dZ, four numbers a token   one kernel: reads 8 V bytes twice, writes 2 V (bf16 dZ) a token
+    dh_q = dZ W_q,  dW_q += dZ^T h_q                      two GEMMs, fp32 sums                     4 N V H FLOPs
+
+On a GPU the row maths is the Triton kernel `_kl_kernel`; elsewhere `_kl_rows_torch`, a block of rows at a time so that they
+stay in cache.
 """
+
+# tl.constexpr below is not looked up where there is no Triton (other systems than Linux)
+from __future__ import annotations
 
 import torch
 
-CPU_BLOCK = 600_000                                      # elements of a block of rows that stay in cache; measured
-GPU_BLOCK = 1 << 26                                      # the row maths holds some ten such blocks, 256 MB each
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+CPU_BLOCK = 200_000                                      # logits in a block of the torch row maths; measured
 CHUNK_BYTES = 6 << 30                                    # GPU memory for one chunk's logits and their gradient
+BLOCK, WARPS = 4096, 8                                   # of the kernels: <= 128 registers a thread, no spills on sm_90
 
 
 def linear_kl_reference(h_q, W_q, h_p, W_p, weight, reverse_weight, temperature=1.0):
@@ -35,65 +51,179 @@ def linear_kl(h_q, W_q, h_p, W_p, weight, reverse_weight, temperature=1.0):
     loss = sum_n weight[n] * (lam KL(q||p) + (1 - lam) KL(p||q)), lam = reverse_weight (Eq. 4), in nats.
 
     h_q (N, H), W_q (V, H): student; gradients flow here only. h_p (N, H_t), W_p (V_t, H_t): teacher. weight (N,) carries mask
-    and normalisation. Different vocabulary sizes are sliced to the smaller and renormalised. Logits and sums are fp32; GEMMs
-    take the dtype of h_q.
+    and normalisation; a row of weight 0 gets a gradient of exactly 0. Different vocabulary sizes are sliced to the smaller and
+    renormalised. GEMMs take the dtype of h_q and h_p; logits, sums and dW are fp32 (fp64 for fp64 inputs).
 
-    Returns (loss, forward KL, reverse KL, H(q), H(p)): a scalar and four (N,) tensors without gradient, in fp32 at this
-    temperature. Under `torch.no_grad()` no gradient is computed. Raises ValueError on shapes that do not fit.
+    Returns (loss, forward KL, reverse KL, H(q), H(p)): a scalar and four (N,) tensors without gradient, at this temperature.
+    Under `torch.no_grad()` no gradient is computed. Nothing here waits for the device. Raises ValueError on shapes, dtypes or
+    devices that do not fit.
     """
-    for name, h, W in (("student", h_q, W_q), ("teacher", h_p, W_p)):
-        _check(name, h, W)
-    if len(h_q) != len(h_p) or weight.shape != h_q.shape[:1]:
-        raise ValueError(f"one row a token: h_q {tuple(h_q.shape)}, h_p {tuple(h_p.shape)}, weight {tuple(weight.shape)}")
-    return _LinearKL.apply(h_q, W_q, h_p, W_p, weight, reverse_weight, temperature, torch.is_grad_enabled())
+    _check("student", h_q, W_q)
+    _check("teacher", h_p, W_p)
+    if len(h_q) != len(h_p) or weight.shape != h_q.shape[:1] or not h_q.device == h_p.device == weight.device:
+        raise ValueError(f"one row a token, on one device: h_q {_show(h_q)}, h_p {_show(h_p)}, weight {_show(weight)}")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: must be positive")
+    with torch.autocast(h_q.device.type, enabled=False):                          # the dtypes below are chosen, not cast
+        return _LinearKL.apply(h_q, W_q, h_p, W_p, weight, float(reverse_weight), temperature, torch.is_grad_enabled())
 
 
-def linear_logp(h, W, token_ids, temperature=1.0):
-    """
-    Log-probabilities of chosen tokens and the entropy of the full softmax, from hidden states.
-
-    h (N, H), W (V, H), token_ids (N,) in [0, V). Returns (logps (N,), entropy (N,)), fp32, nats; the log-probs are
-    differentiable in h and W, the entropy is not. Its upstream gradient arrives per token, so the backward recomputes the
-    chunk of logits. Raises ValueError on shapes that do not fit.
-    """
-    _check("model", h, W)
-    if token_ids.shape != h.shape[:1]:
-        raise ValueError(f"one id a row: h {tuple(h.shape)}, token_ids {tuple(token_ids.shape)}")
-    return _LinearLogp.apply(h, W, token_ids, temperature)
+def _show(tensor):
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
 def _check(name, h, W):
-    if h.ndim != 2 or W.ndim != 2 or h.shape[1] != W.shape[1]:
-        raise ValueError(f"{name}: hidden states {tuple(h.shape)} do not fit the LM head {tuple(W.shape)}; "
-                         f"they should be (N, H) and (V, H)")
+    if h.ndim != 2 or W.ndim != 2 or h.shape[1] != W.shape[1] or h.device != W.device or not (
+            h.is_floating_point() and W.is_floating_point()):
+        raise ValueError(f"{name}: hidden states {_show(h)} do not fit the LM head {_show(W)}; they should be (N, H) and "
+                         f"(V, H) floats on one device")
+
+
+# ------------------------------------------------------------------------------------------------- row maths in Triton
+
+jit = triton.jit if triton else lambda function: function
+
+
+@jit
+def _kl_kernel(zq_ptr, zp_ptr, dz_ptr, weight_ptr, stats_ptr, V, z_stride, stats_stride, lam, inv_T,
+               GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    """One token a program. Logits (C, V) fp32 -> dz (C, V) in the compute dtype, and forward KL, reverse KL, H(q), H(p)."""
+    row = tl.program_id(0).to(tl.int64)                  # C * V passes 2^31 at C = 14135
+    zq_ptr += row * z_stride
+    zp_ptr += row * z_stride
+    dz_ptr += row * z_stride
+
+    # 1. maxima, sums, and gap = sum e^{z_q - m_q} ((z_q - m_q) - (z_p - m_p)), online: when a maximum moves, what is summed
+    # already is rescaled, and gap shifted too
+    m_q, m_p = -1e30, -1e30                              # not -inf: exp(-inf - -inf) is NaN
+    s_q, s_p, gap = 0.0, 0.0, 0.0
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        z_q = tl.load(zq_ptr + cols, mask=cols < V, other=-1e30) * inv_T
+        z_p = tl.load(zp_ptr + cols, mask=cols < V, other=-1e30) * inv_T
+        n_q, n_p = tl.maximum(m_q, tl.max(z_q, 0)), tl.maximum(m_p, tl.max(z_p, 0))
+        x_q, x_p = z_q - n_q, z_p - n_p
+        e_q = tl.exp(x_q)
+        scale = tl.exp(m_q - n_q)
+        gap = scale * (gap + ((m_q - n_q) - (m_p - n_p)) * s_q) + tl.sum(e_q * (x_q - x_p), 0)
+        s_q = scale * s_q + tl.sum(e_q, 0)
+        s_p = tl.exp(m_p - n_p) * s_p + tl.sum(tl.exp(x_p), 0)
+        m_q, m_p = n_q, n_p
+    log_sq, log_sp = tl.log(s_q), tl.log(s_p)
+    gap = gap / s_q                                      # KL(q||p) + log_sq - log_sp
+
+    # 2. the four sums and the gradient
+    scale = tl.load(weight_ptr + row) * inv_T
+    forward, reverse, H_q, H_p = 0.0, 0.0, 0.0, 0.0
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x_q = tl.load(zq_ptr + cols, mask=cols < V, other=-1e30) * inv_T - m_q
+        x_p = tl.load(zp_ptr + cols, mask=cols < V, other=-1e30) * inv_T - m_p
+        log_q, log_p = x_q - log_sq, x_p - log_sp
+        q, p, d = tl.exp(log_q), tl.exp(log_p), log_q - log_p
+        # for small d, q - p - p d = p (e^d - 1 - d) is a difference of near-equal numbers: its series
+        small, square = tl.abs(d) < 0.1, d * d
+        even, odd = square * (0.5 + square / 24), d * square * (1 / 6 + square / 120)
+        forward += tl.sum(tl.where(small, p * (even + odd), q - p - p * d), 0)
+        reverse += tl.sum(tl.where(small, q * (even - odd), p - q + q * d), 0)
+        H_q -= tl.sum(q * log_q, 0)
+        H_p -= tl.sum(p * log_p, 0)
+        if GRAD:
+            dz = scale * ((1 - lam) * (q - p) + lam * q * ((x_q - x_p) - gap))
+            tl.store(dz_ptr + cols, dz.to(dz_ptr.dtype.element_ty), mask=cols < V)
+    tl.store(stats_ptr + row, forward)
+    tl.store(stats_ptr + row + stats_stride, reverse)
+    tl.store(stats_ptr + row + 2 * stats_stride, H_q)
+    tl.store(stats_ptr + row + 3 * stats_stride, H_p)
+
+
+def _on_triton(z):
+    return triton is not None and z.is_cuda
+
+
+def _block(V):
+    return dict(BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=WARPS)
+
+
+# -------------------------------------------------------------------------------------------- row maths, Triton or torch
+
+def _kl_rows(z_q, z_p, weight, lam, T, stats, want_grad, dtype):
+    """Fills stats (4, C) from one chunk of logits (C, V); returns dZ (C, V) or None. Logits are overwritten on a CPU."""
+    C, V = z_q.shape
+    if _on_triton(z_q):
+        dz = torch.empty_like(z_q, dtype=dtype) if want_grad else z_q
+        _kl_kernel[(C,)](z_q, z_p, dz, weight, stats, V, V, stats.stride(0), lam, 1 / T, GRAD=want_grad, **_block(V))
+        return dz if want_grad else None
+    for i in range(0, C, rows := max(1, CPU_BLOCK // V)):
+        block = slice(i, i + rows)
+        _kl_rows_torch(z_q[block], z_p[block], weight[block, None], lam, T, stats[:, block], want_grad)
+    return z_q
+
+
+def _kl_rows_torch(z_q, z_p, weight, lam, T, stats, want_grad):
+    """The same for a block of rows, writing dZ over z_q. torch.where is 15 times slower here than arithmetic: none is used."""
+    (log_q, q), (log_p, p) = _log_softmax_(z_q, T), _log_softmax_(z_p, T)
+    torch.sum(q * log_q, -1, out=stats[2]).neg_()
+    torch.sum(p * log_p, -1, out=stats[3]).neg_()
+    d, difference = log_q.sub_(log_p), torch.sub(q, p, out=z_p)
+    # with a = |d| and m = max(p, q), a KL's term is m (a - 1 + e^-a) where the KL's first argument is the larger one, and what
+    # is left of the sum of both, (q - p) d, where it is the smaller: neither loses digits at small d or overflows at large d
+    a = d.abs()
+    larger = a.neg().expm1_().add_(a).mul_(torch.maximum(p, q, out=p))
+    smaller = torch.mul(difference, d, out=a).sub_(larger)
+    q_is_larger = torch.mul(d, 1e30, out=p).clamp_(0, 1)
+    torch.sum(torch.lerp(larger, smaller, q_is_larger), -1, out=stats[0]).clamp_(min=0)
+    torch.sum(torch.lerp(smaller, larger, q_is_larger), -1, out=stats[1]).clamp_(min=0)
+    if want_grad:
+        d.sub_(stats[1][:, None]).mul_(q).mul_(lam).add_(difference, alpha=1 - lam).mul_(weight / T)
+
+
+def _log_softmax_(z, T):
+    """(log q, q), log q in place. z - max and log(sum) are kept apart: one combined logsumexp costs the entropy its precision;
+    torch.log_softmax sums 150k terms one by one and is 6e-6 off."""
+    if T != 1:
+        z.div_(T)
+    q = z.sub_(z.amax(-1, keepdim=True)).exp()
+    s = q.sum(-1, keepdim=True)
+    return z.sub_(s.log()), q.div_(s)
 
 
 # --------------------------------------------------------------------------------------------- GEMMs with fp32 results
 
-def _compute_copy(W, dtype):
+def _wide(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _head(W, V, dtype):
     """The LM head as the GEMMs read it: in the compute dtype on a GPU, as it is on a CPU (upcast a tile at a time)."""
-    return W.to(dtype) if W.is_cuda else W
+    return W[:V].to(dtype) if W.is_cuda else W[:V]
 
 
 def _mm(a, b):
-    """a (M, K) @ b (K, N), accumulated and returned in fp32."""
-    if a.is_cuda and b.dtype != torch.float32:
-        return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
-    if b.dtype == torch.float32:
-        return a.float() @ b
+    """a (M, K) @ b (K, N), accumulated and returned in fp32 (fp64)."""
+    wide = _wide(a.dtype)
+    if a.is_cuda and b.dtype != wide:
+        return torch.mm(a.to(b.dtype), b, out_dtype=wide)
+    if b.dtype == wide:
+        return a.to(wide) @ b
     # a CPU has no out_dtype: upcast b (a bf16 LM head or its transpose) by tiles, never whole
-    tile, a = 8192, a.float()
+    tile, a = 8192, a.to(wide)
     if b.shape[1] > b.shape[0]:
-        return torch.cat([a @ b[:, i:i + tile].float() for i in range(0, b.shape[1], tile)], 1)
-    out = a.new_zeros(a.shape[0], b.shape[1])
-    for i in range(0, b.shape[0], tile):
-        out.addmm_(a[:, i:i + tile], b[i:i + tile].float())
+        out = a.new_empty(len(a), b.shape[1])
+        for i in range(0, b.shape[1], tile):
+            out[:, i:i + tile] = a @ b[:, i:i + tile].to(wide)
+        return out
+    out = a.new_zeros(len(a), b.shape[1])
+    for i in range(0, len(b), tile):
+        out.addmm_(a[:, i:i + tile], b[i:i + tile].to(wide))
     return out
 
 
 def _add_mm_(out, a, b):
-    """out (M, N) fp32 += a (M, K) @ b (K, N)."""
-    return out.add_(_mm(a, b)) if b.is_cuda and b.dtype != torch.float32 else out.addmm_(a.float(), b.float())
+    """out (M, N) fp32 += a (M, K) @ b (K, N), without rounding the product first."""
+    if a.is_cuda and b.dtype != out.dtype:
+        return torch.addmm(out, a.to(b.dtype), b, out_dtype=out.dtype, out=out)
+    return out.addmm_(a.to(out.dtype), b.to(out.dtype))
 
 
 def _chunks(N, V, device):
@@ -102,98 +232,31 @@ def _chunks(N, V, device):
     return [slice(i, min(i + C, N)) for i in range(0, N, C)]
 
 
-def _blocks(C, V, device):
-    """Slices of a chunk for the row maths: on a CPU small enough to stay in cache between its passes."""
-    rows = max(4, (GPU_BLOCK if device.type == "cuda" else CPU_BLOCK) // V)
-    return [slice(i, min(i + rows, C)) for i in range(0, C, rows)]
-
-
-# ----------------------------------------------------------------------------------------------------- row mathematics
-
-def _log_softmax_(z, temperature):
-    """In place. z - max and log(sum) are kept apart: one combined logsumexp costs the entropy its precision."""
-    if temperature != 1:
-        z.div_(temperature)
-    z.sub_(z.amax(-1, keepdim=True))
-    return z.sub_(z.exp().sum(-1, keepdim=True).log())
-
-
-def _kl_rows(z_q, z_p, weight, lam, temperature, stats, want_grad):
-    """One block of rows: fills stats (4, rows) and overwrites z_q with d loss / d z_q."""
-    log_q, log_p = _log_softmax_(z_q, temperature), _log_softmax_(z_p, temperature)
-    q, p = log_q.exp(), log_p.exp()
-    torch.sum(q * log_q, -1, out=stats[2]).neg_()
-    torch.sum(p * log_p, -1, out=stats[3]).neg_()
-    d = log_q.sub_(log_p)                                # log q is no longer needed
-    difference = q - p
-    small, square = d.abs() < 0.1, d * d
-    even, odd = square / 24 + 1 / 2, d * (square / 120 + 1 / 6)
-    torch.sum(torch.where(small, p * square * (even + odd), difference - p * d), -1, out=stats[0])
-    torch.sum(torch.where(small, q * square * (even - odd), q * d - difference), -1, out=stats[1])
-    if want_grad:
-        grad = d.sub_(stats[1][:, None]).mul_(q).mul_(lam).add_(difference, alpha=1 - lam)
-        grad.mul_(weight[:, None] / temperature)
-
+# ------------------------------------------------------------------------------------------------- the autograd functions
 
 class _LinearKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h_q, W_q, h_p, W_p, weight, lam, temperature, grad_enabled):
-        N, V, device = len(h_q), min(len(W_q), len(W_p)), h_q.device
-        want_grad = grad_enabled and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
-        head_q, head_p = _compute_copy(W_q[:V], h_q.dtype), _compute_copy(W_p[:V], h_p.dtype)
-        weight = weight.float()
-        stats = torch.empty(4, N, device=device)         # forward KL, reverse KL, H(q), H(p)
-        dh = torch.empty_like(h_q) if want_grad else None
-        dW = torch.zeros(W_q.shape, device=device) if want_grad else None
-        for rows in _chunks(N, V, device):
+    def forward(ctx, h_q, W_q, h_p, W_p, weight, lam, T, grad_enabled):
+        N, V, wide = len(h_q), min(len(W_q), len(W_p)), _wide(h_q.dtype)
+        want_dh, want_dW = (grad_enabled and need for need in ctx.needs_input_grad[:2])
+        head_q, head_p, weight = _head(W_q, V, h_q.dtype), _head(W_p, V, h_p.dtype), weight.to(wide).contiguous()
+        stats = h_q.new_empty(4, N, dtype=wide)          # forward KL, reverse KL, H(q), H(p)
+        dh = torch.empty_like(h_q) if want_dh else None
+        dW = torch.zeros_like(W_q, dtype=wide) if want_dW else None
+        for rows in _chunks(N, V, h_q.device):
             z_q, z_p = _mm(h_q[rows], head_q.T), _mm(h_p[rows], head_p.T)                  # (C, V) fp32
-            for block in _blocks(len(z_q), V, device):
-                _kl_rows(z_q[block], z_p[block], weight[rows][block], lam, temperature, stats[:, rows][:, block], want_grad)
-            if want_grad:
-                dz = z_q                                 # _kl_rows wrote the gradient over the logits
+            dz = _kl_rows(z_q, z_p, weight[rows], lam, T, stats[:, rows], want_dh or want_dW, h_q.dtype)
+            if want_dh:
                 dh[rows] = _mm(dz, head_q)
+            if want_dW:
                 _add_mm_(dW[:V], dz.T, h_q[rows])
-        if want_grad:
-            ctx.save_for_backward(dh, dW)
-            ctx.dtypes = h_q.dtype, W_q.dtype
+        ctx.save_for_backward(dh, dW)
+        ctx.dtypes = h_q.dtype, W_q.dtype
         loss = (weight * (lam * stats[1] + (1 - lam) * stats[0])).sum()
         ctx.mark_non_differentiable(*(outputs := tuple(stats)))
         return loss, *outputs
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        dh, dW = ctx.saved_tensors
-        return (dh * grad_loss).to(ctx.dtypes[0]), (dW * grad_loss).to(ctx.dtypes[1]), *[None] * 6
-
-
-class _LinearLogp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, h, W, token_ids, temperature):
-        head = _compute_copy(W, h.dtype)
-        logps, entropy = torch.empty(2, len(h), device=h.device)
-        for rows in _chunks(len(h), len(W), h.device):
-            z = _mm(h[rows], head.T)                     # (C, V)
-            for block in _blocks(len(z), len(W), h.device):
-                log_q = _log_softmax_(z[block], temperature)
-                entropy[rows][block] = -(log_q.exp() * log_q).sum(-1)
-            logps[rows] = z.gather(-1, token_ids[rows, None]).squeeze(-1)
-        ctx.save_for_backward(h, W, token_ids)
-        ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy)
-        return logps, entropy
-
-    @staticmethod
-    def backward(ctx, grad_logps, _):
-        h, W, token_ids = ctx.saved_tensors
-        head = _compute_copy(W, h.dtype)
-        dh, dW = torch.empty_like(h), torch.zeros(W.shape, device=h.device)
-        for rows in _chunks(len(h), len(W), h.device):
-            dz = _mm(h[rows], head.T)
-            for block in _blocks(len(dz), len(W), h.device):
-                _log_softmax_(dz[block], ctx.temperature).exp_().neg_()
-            # d log q[y] / d z = onehot(y) - q
-            dz.scatter_add_(-1, token_ids[rows, None], torch.ones_like(dz[:, :1]))
-            dz.mul_(grad_logps[rows, None] / ctx.temperature)
-            dh[rows] = _mm(dz, head)
-            _add_mm_(dW, dz.T, h[rows])
-        return dh, dW.to(W.dtype), None, None
+        grads = [None if g is None else (g * grad_loss).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
+        return *grads, *[None] * 6
