@@ -30,7 +30,8 @@ except ImportError:
     triton = tl = None
 
 CPU_BLOCK = 200_000                                      # logits in a block of the torch row maths; measured
-CHUNK_BYTES = 6 << 30                                    # GPU memory for one chunk's logits and their gradient
+CHUNK_BYTES = 525 << 20, 6 << 30                         # for the logits of one chunk and their gradient: CPU, GPU
+TILE = 2048                                              # rows of a bf16 LM head upcast together on a CPU
 BLOCK, WARPS = 4096, 8                                   # of the kernels: <= 128 registers a thread, no spills on sm_90
 
 
@@ -199,23 +200,22 @@ def _head(W, V, dtype):
     return W[:V].to(dtype) if W.is_cuda else W[:V]
 
 
-def _mm(a, b):
-    """a (M, K) @ b (K, N), accumulated and returned in fp32 (fp64)."""
-    wide = _wide(a.dtype)
-    if a.is_cuda and b.dtype != wide:
-        return torch.mm(a.to(b.dtype), b, out_dtype=wide)
-    if b.dtype == wide:
-        return a.to(wide) @ b
+def _mm(a, b, out):
+    """out (M, N) fp32 (fp64) = a (M, K) @ b (K, N), accumulated in fp32. Logits are written into memory used before: on a CPU
+    a fresh tensor of 150 MB costs as much in page faults as its GEMM."""
+    if a.is_cuda and b.dtype != out.dtype:
+        return torch.mm(a.to(b.dtype), b, out_dtype=out.dtype, out=out)
+    a = a.to(out.dtype)
+    if b.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
     # a CPU has no out_dtype: upcast b (a bf16 LM head or its transpose) by tiles, never whole
-    tile, a = 8192, a.to(wide)
     if b.shape[1] > b.shape[0]:
-        out = a.new_empty(len(a), b.shape[1])
-        for i in range(0, b.shape[1], tile):
-            out[:, i:i + tile] = a @ b[:, i:i + tile].to(wide)
+        for i in range(0, b.shape[1], TILE):
+            torch.mm(a, b[:, i:i + TILE].to(out.dtype), out=out[:, i:i + TILE])
         return out
-    out = a.new_zeros(len(a), b.shape[1])
-    for i in range(0, len(b), tile):
-        out.addmm_(a[:, i:i + tile], b[i:i + tile].to(wide))
+    out.zero_()
+    for i in range(0, len(b), TILE):
+        out.addmm_(a[:, i:i + TILE], b[i:i + TILE].to(out.dtype))
     return out
 
 
@@ -227,9 +227,16 @@ def _add_mm_(out, a, b):
 
 
 def _chunks(N, V, device):
-    """Slices of tokens whose logits are in memory together: W and dW are read and written once a chunk, so not too small."""
-    C = max(128, min(4096, CHUNK_BYTES // (10 * V)) // 128 * 128) if device.type == "cuda" else max(256, (1 << 20) // V)
+    """Slices of tokens whose logits are in memory together: W and dW are read and written once a chunk, so few and alike."""
+    most = max(128, min(4096, CHUNK_BYTES[device.type == "cuda"] // (10 * V)))
+    C = -(-N // -(-N // most)) if N else 1               # as many chunks as needed, then of equal size
     return [slice(i, min(i + C, N)) for i in range(0, N, C)]
+
+
+def _buffers(count, chunks, V, like, dtype):
+    """Room for the logits of one chunk, used again by the next."""
+    rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
+    return [like.new_empty(rows, V, dtype=dtype) for _ in range(count)]
 
 
 # ------------------------------------------------------------------------------------------------- the autograd functions
@@ -243,11 +250,13 @@ class _LinearKL(torch.autograd.Function):
         stats = h_q.new_empty(4, N, dtype=wide)          # forward KL, reverse KL, H(q), H(p)
         dh = torch.empty_like(h_q) if want_dh else None
         dW = torch.zeros_like(W_q, dtype=wide) if want_dW else None
-        for rows in _chunks(N, V, h_q.device):
-            z_q, z_p = _mm(h_q[rows], head_q.T), _mm(h_p[rows], head_p.T)                  # (C, V) fp32
+        room_q, room_p = _buffers(2, chunks := _chunks(N, V, h_q.device), V, h_q, wide)
+        for rows in chunks:
+            C = rows.stop - rows.start
+            z_q, z_p = _mm(h_q[rows], head_q.T, room_q[:C]), _mm(h_p[rows], head_p.T, room_p[:C])        # (C, V) fp32
             dz = _kl_rows(z_q, z_p, weight[rows], lam, T, stats[:, rows], want_dh or want_dW, h_q.dtype)
             if want_dh:
-                dh[rows] = _mm(dz, head_q)
+                dh[rows] = _mm(dz, head_q, h_q.new_empty(C, h_q.shape[1], dtype=wide))
             if want_dW:
                 _add_mm_(dW[:V], dz.T, h_q[rows])
         ctx.save_for_backward(dh, dW)
@@ -258,5 +267,7 @@ class _LinearKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        grads = [None if g is None else (g * grad_loss).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
-        return *grads, *[None] * 6
+        grads = ctx.saved_tensors
+        if grad_loss.is_cuda or grad_loss != 1:          # looking is free on a CPU, and the usual 1 saves a copy of dW
+            grads = [None if g is None else g * grad_loss for g in grads]
+        return *[None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes)], *[None] * 6

@@ -13,7 +13,21 @@ from __future__ import annotations
 
 import torch
 
-from kernels.linear_kl import CPU_BLOCK, _add_mm_, _block, _check, _chunks, _head, _mm, _on_triton, _show, _wide, jit, tl
+from kernels.linear_kl import (
+    CPU_BLOCK,
+    _add_mm_,
+    _block,
+    _buffers,
+    _check,
+    _chunks,
+    _head,
+    _mm,
+    _on_triton,
+    _show,
+    _wide,
+    jit,
+    tl,
+)
 
 
 def linear_logp(h, W, token_ids, temperature=1.0):
@@ -96,8 +110,10 @@ class _LinearLogp(torch.autograd.Function):
     def forward(ctx, h, W, token_ids, T):
         head = _head(W, len(W), h.dtype)
         stats = h.new_empty(4, len(h), dtype=_wide(h.dtype))     # log q[id], H(q), max z, log sum exp(z - max z)
-        for rows in _chunks(len(h), len(W), h.device):
-            _logp_rows(_mm(h[rows], head.T), token_ids[rows], T, stats[:, rows])
+        room, = _buffers(1, chunks := _chunks(len(h), len(W), h.device), len(W), h, stats.dtype)
+        for rows in chunks:
+            z = _mm(h[rows], head.T, room[:rows.stop - rows.start])                        # (C, V) fp32
+            _logp_rows(z, token_ids[rows], T, stats[:, rows])
         ctx.save_for_backward(h, W, token_ids, stats)
         ctx.T = T
         logps, entropy = stats[0].clone(), stats[1].clone()
@@ -111,10 +127,12 @@ class _LinearLogp(torch.autograd.Function):
         want_dh, want_dW = ctx.needs_input_grad[:2]
         dh = torch.empty_like(h) if want_dh else None
         dW = torch.zeros_like(W, dtype=stats.dtype) if want_dW else None
-        for rows in _chunks(len(h), len(W), h.device):
-            dz = _logp_grad_rows(_mm(h[rows], head.T), token_ids[rows], grad_logps[rows], ctx.T, stats[:, rows], h.dtype)
+        room, = _buffers(1, chunks := _chunks(len(h), len(W), h.device), len(W), h, stats.dtype)
+        for rows in chunks:
+            z = _mm(h[rows], head.T, room[:rows.stop - rows.start])
+            dz = _logp_grad_rows(z, token_ids[rows], grad_logps[rows], ctx.T, stats[:, rows], h.dtype)
             if want_dh:
-                dh[rows] = _mm(dz, head)
+                dh[rows] = _mm(dz, head, h.new_empty(len(dz), h.shape[1], dtype=stats.dtype))
             if want_dW:
                 _add_mm_(dW, dz.T, h[rows])
         return dh, dW if dW is None else dW.to(W.dtype), None, None
