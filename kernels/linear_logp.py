@@ -32,16 +32,17 @@ from kernels.linear_kl import (
 
 def linear_logp(h, W, token_ids, temperature=1.0):
     """
-    h (N, H), W (V, H), token_ids (N,) in [0, V). Returns (logps (N,), entropy (N,)), fp32, nats; the log-probs are
-    differentiable in h and W, the entropy is not. Raises ValueError on shapes, dtypes or devices that do not fit.
+    h (N, H), W (V, H), token_ids (N,) in [0, V): others raise on a CPU and give NaN on a GPU. Returns (logps (N,),
+    entropy (N,)), fp32, nats; the log-probs are differentiable in h and W, the entropy is not. Raises ValueError on shapes,
+    dtypes or devices that do not fit.
     """
     _check("model", h, W)
     if token_ids.shape != h.shape[:1] or token_ids.device != h.device or token_ids.is_floating_point():
         raise ValueError(f"one id a row, on one device: h {_show(h)}, token_ids {_show(token_ids)}")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be positive")
-    with torch.autocast(h.device.type, enabled=False):
-        return _LinearLogp.apply(h, W, token_ids, temperature)
+    with torch.cuda.device_of(h):                        # where Triton launches
+        return _LinearLogp.apply(h, W, token_ids.contiguous(), temperature)
 
 
 @jit
@@ -55,12 +56,14 @@ def _logp_kernel(z_ptr, ids_ptr, stats_ptr, V, stats_stride, inv_T, BLOCK: tl.co
         z = tl.load(z_ptr + cols, mask=cols < V, other=-1e30) * inv_T
         n = tl.maximum(m, tl.max(z, 0))
         x = z - n
-        e, scale = tl.exp(x), tl.exp(m - n)
-        ex = scale * (ex + (m - n) * s) + tl.sum(e * x, 0)
-        s = scale * s + tl.sum(e, 0)
+        e, shrink = tl.exp(x), tl.exp(m - n)
+        ex = shrink * (ex + (m - n) * s) + tl.sum(e * x, 0)
+        s = shrink * s + tl.sum(e, 0)
         m = n
     log_s = tl.log(s)
-    tl.store(stats_ptr + row, tl.load(z_ptr + tl.load(ids_ptr + row)) * inv_T - m - log_s)
+    chosen = tl.load(ids_ptr + row)
+    z = tl.load(z_ptr + chosen, mask=(chosen >= 0) & (chosen < V), other=float("nan"))
+    tl.store(stats_ptr + row, z * inv_T - m - log_s)
     tl.store(stats_ptr + row + stats_stride, log_s - ex / s)
     tl.store(stats_ptr + row + 2 * stats_stride, m)
     tl.store(stats_ptr + row + 3 * stats_stride, log_s)
@@ -121,6 +124,7 @@ class _LinearLogp(torch.autograd.Function):
         return logps, entropy
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logps, _):
         h, W, token_ids, stats = ctx.saved_tensors
         head, grad_logps = _head(W, len(W), h.dtype), grad_logps.contiguous()

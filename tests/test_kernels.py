@@ -42,7 +42,7 @@ def inputs(N, V, V_t, scale=1.0, H=24, H_t=40, dtype=torch.float32):
 
 
 def run(function, tensors, lam, temperature=1.0, dtype=torch.float32, grad_output=1.0):
-    h, W, h_t, W_t, weight = (t.detach().clone().to(dtype) for t in tensors)
+    h, W, h_t, W_t, weight = (t.detach().to(dtype) for t in tensors)                       # strides stay
     h.requires_grad_(), W.requires_grad_()
     loss, *stats = function(h, W, h_t, W_t, weight, lam, temperature)
     (grad_output * loss).backward()
@@ -50,7 +50,13 @@ def run(function, tensors, lam, temperature=1.0, dtype=torch.float32, grad_outpu
 
 
 def distance(a, b):
+    """Relative Frobenius distance."""
     return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
+
+
+def distances(a, b):
+    """The largest relative distance of one number from its exact value."""
+    return ((a.double() - b.double()).abs() / b.double().abs()).max().item()
 
 
 # ----------------------------------------------------------------------------------------------------------- against fp64
@@ -89,7 +95,8 @@ def test_given_logits(path, std, lam):
     z_q, z_p = (std * torch.randn(2, 151936, generator=g) for _ in range(2))
     dz, stats = rows(z_q.to(DEVICE), z_p.to(DEVICE), lam)
     exact_dz, exact_stats = exact_rows(z_q.to(DEVICE), z_p.to(DEVICE), lam)
-    assert distance(dz, exact_dz) < 1e-5 and distance(stats, exact_stats) < 1e-5
+    assert distance(dz, exact_dz) < 1e-5 and distances(stats[:2], exact_stats[:2]) < 1e-5
+    assert (stats[2:] - exact_stats[2:]).abs().max() < 1e-5
 
 
 def test_gemms_are_the_larger_error(path):
@@ -109,13 +116,27 @@ def test_extreme_and_equal_logits(path):
     for scale in (200.0, 1e4):
         dz, stats = rows(scale * z, scale * other, 0.5)
         assert dz.isfinite().all() and stats.isfinite().all() and (stats >= 0).all()
-        assert distance(stats[:2], exact_rows(scale * z, scale * other, 0.5)[1][:2]) < 1e-5
+        assert distances(stats[:2], exact_rows(scale * z, scale * other, 0.5)[1][:2]) < 1e-4
     _, stats = rows(3 * z, 3 * z, 0.5)
     assert stats[:2].abs().max() < 1e-6                  # KL(p||p) = 0
     for gap in (1e-1, 1.4e-3, 1e-4):                     # KL about gap^2 / 2: 1e-6 in the middle, and never negative
         _, stats = rows(3 * z, 3 * z + gap * other, 0.5)
         exact = exact_rows(3 * z, 3 * z + gap * other, 0.5)[1]
-        assert (stats[:2] >= 0).all() and distance(stats[:2], exact[:2]) < 1e-2, gap
+        assert (stats[:2] >= 0).all() and distances(stats[:2], exact[:2]) < 1e-2, gap
+
+
+def test_lopsided_rows(path):
+    """One direction large, the other small: neither borrows digits from the other. Then a NaN in a row of weight 0."""
+    narrow = torch.tensor([[0.0, -7.0, -9000.0], [0.0, -4000.0, -9.0]])
+    wide = torch.tensor([[0.0, -7.1, -6.0], [0.0, -8.0, -9.1]])
+    for z_q, z_p in ((narrow, wide), (wide, narrow)):
+        _, stats = rows(z_q.to(DEVICE), z_p.to(DEVICE), 0.5)
+        exact = exact_rows(z_q.to(DEVICE), z_p.to(DEVICE), 0.5)[1][:2]
+        assert exact.max() > 1000 * exact.min() and distances(stats[:2], exact) < 1e-4
+    tensors = inputs(5, 40, 40)
+    tensors[0][3], tensors[4][3] = float("nan"), 0.0
+    loss, *_, dh, dW = run(linear_kl, tensors, 0.5)
+    assert loss.isfinite() and dh[3].abs().max() == 0 and dh[2].abs().max() > 0
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.2, 0.5, 1.0])
@@ -140,20 +161,21 @@ def test_by_hand(path):
 
 # Flips of a sign (or of a role) in the formulas, each of which must push a result away from fp64; the first flips nothing.
 FLIPS = {"linear_kl": [("", ""),
-    ("scale * (gap + (", "scale * (gap - ("), ("tl.sum(e_q * (x_q - x_p), 0)", "tl.sum(e_q * (x_q + x_p), 0)"),
+    ("shrink * (gap + (", "shrink * (gap - ("), ("tl.sum(e_q * (x_q - x_p), 0)", "tl.sum(e_q * (x_q + x_p), 0)"),
     ("tl.exp(m_p - n_p) * s_p", "tl.exp(n_p - m_p) * s_p"), ("p * (even + odd)", "p * (even - odd)"),
     ("q - p - p * d)", "q - p + p * d)"), ("q * (even - odd)", "q * (even + odd)"),
     ("p - q + q * d)", "p - q - q * d)"), ("H_q -= ", "H_q += "), ("H_p -= ", "H_p += "),
     ("(1 - lam) * (q - p) + lam * q * (", "(1 - lam) * (q - p) - lam * q * ("), ("(x_q - x_p) - gap)", "(x_q - x_p) + gap)"),
     ("(1 - lam) * (q - p) + lam", "(1 - lam) * (q + p) + lam"),
     ("out=stats[2]).neg_()", "out=stats[2])"), ("out=stats[3]).neg_()", "out=stats[3])"),
-    ("torch.sub(q, p, out=z_p)", "torch.sub(p, q, out=z_p)"), ("a.neg().expm1_().add_(a)", "a.neg().expm1_().sub_(a)"),
-    ("out=a).sub_(larger)", "out=a).add_(larger)"), ("torch.lerp(larger, smaller", "torch.lerp(smaller, larger"),
+    ("torch.sub(q, p, out=z_p)", "torch.sub(p, q, out=z_p)"), ("larger = e.add_(a)", "larger = e.sub_(a)"),
+    ("torch.addcmul(e, a, e + 1)", "torch.addcmul(e, a, e - 1)"), (".mul_(m).neg_()", ".mul_(m)"),
+    ("torch.lerp(larger, smaller", "torch.lerp(smaller, larger"),
     ("torch.lerp(smaller, larger", "torch.lerp(larger, smaller"), ("d.sub_(stats[1]", "d.add_(stats[1]"),
     (".add_(difference, alpha=1 - lam)", ".sub_(difference, alpha=1 - lam)"), ("z.sub_(s.log())", "z.add_(s.log())"),
     ("lam * stats[1] + (1 - lam) * stats[0]", "lam * stats[0] + (1 - lam) * stats[1]")],
     "linear_logp": [("", ""),
-    ("scale * (ex + (m - n) * s)", "scale * (ex - (m - n) * s)"), ("inv_T - m - log_s)", "inv_T - m + log_s)"),
+    ("shrink * (ex + (m - n) * s)", "shrink * (ex - (m - n) * s)"), ("z * inv_T - m - log_s)", "z * inv_T - m + log_s)"),
     ("log_s - ex / s)", "log_s + ex / s)"), ("- tl.exp(z - m - log_s)", "+ tl.exp(z - m - log_s)"),
     ("chosen - stats[2] - stats[3]", "chosen - stats[2] + stats[3]"), ("s.log() - x.mul_(e)", "s.log() + x.mul_(e)"),
     (".mul_(-scale)", ".mul_(scale)")]}
@@ -202,9 +224,6 @@ def test_edges(path):
     assert not strided[0].is_contiguous()
     for a, b in zip(run(linear_kl, strided, 0.5), run(linear_kl, inputs(9, 50, 50), 0.5)):
         assert distance(a, b) < 1e-6
-    rest = inputs(9, 50, 50)[1:]
-    frozen = linear_kl(h, *rest, 0.5)[0]                 # the head takes no gradient: nothing is computed for it
-    assert torch.autograd.grad(frozen, h)[0].shape == h.shape
 
 
 def test_bad_input():
@@ -217,6 +236,11 @@ def test_bad_input():
         linear_kl(h, W, h_t.long(), W_t, weight, 0.5)
     with pytest.raises(ValueError, match=r"\(50, 24\) float32 on meta"):
         linear_kl(h, W.to("meta"), h_t, W_t, weight, 0.5)
+    with pytest.raises(ValueError, match=r"\(50, 24\) float16"):
+        linear_kl(h, W.half(), h_t, W_t, weight, 0.5)
+    with pytest.raises(RuntimeError, match="once_differentiable|double backward|differentiated twice|does not require grad"):
+        loss = linear_kl(h.requires_grad_(), W, h_t, W_t, weight, 0.5)[0]
+        torch.autograd.grad(torch.autograd.grad(loss, h, create_graph=True)[0].sum(), h)
     with pytest.raises(ValueError, match="temperature=0"):
         linear_kl(h, W, h_t, W_t, weight, 0.5, 0)
     with pytest.raises(ValueError, match=r"h \(9, 24\).*token_ids \(8,\) int64"):
@@ -237,18 +261,18 @@ def test_chunks(path, monkeypatch):
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
+            if isinstance(out, torch.Tensor) and out.is_floating_point():
                 self.numel = max(self.numel, out.numel())
             return out
     with Largest() as largest:
         parts = run(linear_kl, tensors, 0.3)
-    assert largest.numel == 100 * 400 or path == "triton"    # the interpreter views storages as bytes
+    assert largest.numel == 100 * 400
     for a, b in zip(parts, whole):
         assert distance(a, b) < 1e-6
 
 
 def test_flops():
-    """Each projection once: 6 N H V + 2 N H_t V; half of the student's and none of its gradients under no_grad."""
+    """Each projection once: 6 N H V + 2 N H_t V. Gradients that nobody wants are not computed."""
     N, V, H, H_t = 64, 1000, 24, 40
     in_place = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
@@ -258,6 +282,9 @@ def test_flops():
         h, W, h_t, W_t, weight = inputs(N, V, V)
         linear_kl(h.requires_grad_(), W.requires_grad_(), h_t, W_t, weight, 0.5)
     assert counter.get_total_flops() == 2 * N * (H + H_t) * V
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:               # a frozen LM head
+        linear_kl(h, W.detach(), h_t, W_t, weight, 0.5)[0].backward()
+    assert counter.get_total_flops() == 4 * N * H * V + 2 * N * H_t * V
 
 
 def test_bf16():
@@ -267,9 +294,8 @@ def test_bf16():
     exact = run(linear_kl_reference, tensors, 0.5, dtype=torch.float64)
     with torch.autocast(DEVICE, torch.bfloat16):
         ours = run(linear_kl, tensors, 0.5, dtype=torch.bfloat16)
-    tolerance = 1e-5 if DEVICE == "cpu" else 1e-3        # a GPU's dZ is bf16, and so is its view of weight
     for a, b in zip(ours[1:5], exact[1:5]):
-        assert distance(a, b) < tolerance
+        assert distance(a, b) < 1e-5
     assert max(distance(a, b) for a, b in zip(ours[5:], exact[5:])) < 3e-3
     h, W, h_t, W_t, weight = (t.clone() for t in tensors)
     W = W.float().requires_grad_()                       # an fp32 master: dW comes back in fp32, unrounded
