@@ -29,7 +29,7 @@ import safetensors
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from kernels import linear_logp
@@ -203,20 +203,40 @@ def _read_problem(line, where):
     return {"problem": problem, "answer": None if answer is None else str(answer), "solution": solution}
 
 
-def encode_prompt(tokenizer, problem):
-    """Token ids of one user message through the chat template, ready for the answer."""
+def encode_chat(tokenizer, messages):
+    """Token ids of a conversation [{"role", "content"}] through the chat template, ready for the answer."""
     if not tokenizer.chat_template:
         raise UserError(f"{tokenizer.name_or_path}: its tokenizer has no chat template; add a chat_template.jinja beside it")
-    text = tokenizer.apply_chat_template([{"role": "user", "content": problem}], add_generation_prompt=True,
-                                         enable_thinking=False, tokenize=False)
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False, tokenize=False)
     return tokenizer.encode(text, add_special_tokens=False)
+
+
+def encode_prompt(tokenizer, problem):
+    """Token ids of one user message, ready for the answer."""
+    return encode_chat(tokenizer, [{"role": "user", "content": problem}])
+
+
+def usable_prompts(path, problems, tokenizer, horizon, positions, vocab_size, verbose):
+    """{index: prompt ids} of the problems that leave room for the horizon; the others are counted."""
+    prompts = {i: encode_prompt(tokenizer, problem["problem"]) for i, problem in enumerate(problems)}
+    usable = {i: ids for i, ids in prompts.items() if len(ids) + horizon <= positions}
+    if not usable:
+        raise UserError(f"{path}: no usable prompt: {horizon} new tokens and a prompt of {min(map(len, prompts.values()))} or "
+                        f"more pass max_position_embeddings={positions}; lower max_new_tokens or eval_max_new_tokens")
+    if (largest := max(map(max, usable.values()))) >= vocab_size:
+        raise UserError(f"{path}: the chat template writes id {largest}, the smaller vocabulary ends at {vocab_size - 1}; "
+                        f"choose models of one family")
+    if verbose and len(usable) < len(prompts):
+        print(f"warning: {path}: {len(prompts) - len(usable)} of {len(prompts)} prompts skipped: with {horizon} new tokens "
+              f"they pass max_position_embeddings={positions}")
+    return usable
 
 
 # ----------------------------------------------------------------------------------------------- models and tokenizers
 
 def load_tokenizer(path):
     """The tokenizer of a local folder or hub name. Raises UserError when it is missing."""
-    _check_model_path(path)
+    _check_model_path(path, "tokenizer_config.json")
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -244,23 +264,52 @@ def check_head(model, name):
         raise UserError(f"{name}: its LM head has a {(found or ['bias'])[0]}; only logits = hidden @ W.T is supported")
 
 
-def _check_model_path(path):
+def _check_model_path(path, file="config.json"):
     is_hub_name = str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")) and not Path(path).parent.is_dir()
-    if not is_hub_name and not (Path(path) / "config.json").is_file():
-        raise UserError(f"no model folder {path}: it has no config.json; give a folder, or a hub name such as Qwen/Qwen3-0.6B")
+    if not is_hub_name and not (Path(path) / file).is_file():
+        raise UserError(f"no model folder {path}: it has no {file}; give a folder, or a hub name such as Qwen/Qwen3-0.6B")
 
 
 def _first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def stop_ids(model, tokenizer):
+def stop_ids(generation_config, tokenizer):
     """Every id that ends a response: all of generation_config.eos_token_id, else the tokenizer's."""
-    ids = model.generation_config.eos_token_id
+    ids = generation_config.eos_token_id
     ids = tokenizer.eos_token_id if ids is None else ids
     if ids is None:
-        raise UserError(f"{model.name_or_path}: neither generation_config.json nor the tokenizer has an eos_token_id")
+        raise UserError(f"{tokenizer.name_or_path}: neither generation_config.json nor the tokenizer has an eos_token_id")
     return [ids] if isinstance(ids, int) else list(ids)
+
+
+def fingerprint(items):
+    """16 hex digits of a dict's keys and values; tensors count by their bytes."""
+    digest = hashlib.blake2b(digest_size=8)
+    for key, value in sorted(items.items()):
+        digest.update(f"{key} ".encode())
+        digest.update(value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())
+    return digest.hexdigest()
+
+
+def load_model_config(path):
+    """config.json of a local folder or hub name."""
+    _check_model_path(path)
+    return AutoConfig.from_pretrained(path)
+
+
+def model_revision(path):
+    """Which weights: the hub's commit, or for a folder a fingerprint of its weight files (sizes, first and last 64 kB)."""
+    if not Path(path).is_dir():
+        return load_model_config(path)._commit_hash
+    parts = {}
+    for file in sorted(Path(path).glob("*.safetensors")):
+        if file.name != "optimizer.safetensors":
+            with open(file, "rb") as f:
+                head, size = f.read(1 << 16), f.seek(0, os.SEEK_END)
+                f.seek(max(0, size - (1 << 16)))
+                parts[file.name] = (size, head, f.read())
+    return fingerprint(parts)
 
 
 def forward_flops(config, lengths):
@@ -317,12 +366,17 @@ def sample_tokens(logits, uniforms, sampling):
 
 
 class HFEngine:
-    """Rollouts with a transformers model: our own decode loop, since `model.generate` draws a whole batch from one generator
-    and goes on decoding rows that have ended."""
+    """
+    Rollouts with a transformers model: our own decode loop, since `model.generate` draws a whole batch from one generator and
+    goes on decoding rows that have ended. Here they leave the KV cache, and waiting prompts take their place.
+    """
 
     def __init__(self, model, dtype=torch.float32, max_rows=512):
         # share the weights, or keep a copy in the compute dtype; max_rows decoded together bound the KV cache
         self.model, self.max_rows = model, max_rows
+        # whether a layer's cache is a (B, heads, T, d) of keys and one of values, and takes a ready bool mask
+        self.plain = model.config._attn_implementation == "sdpa" and {"full_attention"} == set(
+            getattr(model.config, "layer_types", None) or ["full_attention"])
         if model.dtype != dtype:
             self.model = copy.deepcopy(model).eval()
             for parameter in self.model.parameters():    # buffers stay: rotary frequencies in bf16 are radians off at 4096
@@ -335,55 +389,80 @@ class HFEngine:
             for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
                 mine.copy_(theirs)
 
-    def generate(self, prompts, sampling, seeds):
+    def generate(self, prompts, sampling, seeds, on_token=None):
         """
         [(tokens, logps, stop_reason)] for prompts (lists of ids) and one seed each: tokens include the stop id, logps are
         full-softmax log-probs at T = 1, stop_reason is "stop" or "length". The same prompt and seed give the same tokens
         whatever else is in the batch, but for a uniform number within rounding of a CDF step.
         """
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))     # little padding
         results = [None] * len(prompts)
-        for start in range(0, len(order), self.max_rows):
-            rows = order[start:start + self.max_rows]
-            for i, result in zip(rows, self._decode([prompts[i] for i in rows], sampling, [seeds[i] for i in rows])):
-                results[i] = result
+        for i, *result in self.stream(prompts, sampling, seeds, on_token):
+            results[i] = tuple(result)
         return results
 
     @torch.inference_mode()
-    def _decode(self, prompts, sampling, seeds):
-        model, device, limit = self.model, self.model.device, sampling.max_new_tokens
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)              # left-padded
-        padding = torch.tensor([longest - len(p) for p in prompts], device=device)
-        mask = torch.arange(longest + limit, device=device) >= padding[:, None]                               # (B, T) bool
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        uniforms = torch.stack([torch.rand(limit, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
-        stops = torch.tensor(sampling.stop_ids, device=device)
-        head, cache = model.get_output_embeddings().weight[:sampling.vocab_size], DynamicCache(config=model.config)
-        tokens = torch.zeros(len(prompts), limit, dtype=torch.long, device=device)                            # (B, limit)
-        logps, lengths = torch.zeros(len(prompts), limit, device=device), [limit] * len(prompts)
-        stopped, alive, end = [False] * len(prompts), torch.arange(len(prompts), device=device), longest
-        # building the mask anew at every token is a tenth of a small model's time; these models take one that is ready
-        plain = (model.config._attn_implementation == "sdpa"
-                 and set(getattr(model.config, "layer_types", None) or ["full_attention"]) == {"full_attention"})
-        for t in range(limit):
-            seen = mask[:, None, None, :end] if plain and t else mask[:, :end]
-            hidden = model.base_model(ids, attention_mask=seen, position_ids=positions[:, end - ids.shape[1]:end],
-                                      past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-            new, logp = sample_tokens((hidden @ head.T).float(), uniforms[:, t], sampling)
-            tokens[alive, t], logps[alive, t] = new, logp
-            done = torch.isin(new, stops)
-            if done.any():
-                for row in alive[done].tolist():
-                    lengths[row], stopped[row] = t + 1, True
-                keep = (~done).nonzero().squeeze(-1)
-                if not len(keep):
-                    break
-                cache.batch_select_indices(keep)
-                new, alive, mask, positions, uniforms = (x[keep] for x in (new, alive, mask, positions, uniforms))
-            ids, end = new[:, None], end + 1
-        tokens, logps = tokens.tolist(), logps.tolist()
-        return [(tokens[i][:n], logps[i][:n], "stop" if stopped[i] else "length") for i, n in enumerate(lengths)]
+    def stream(self, prompts, sampling, seeds, on_token=None):
+        """The same as (index, tokens, logps, stop_reason), each as soon as it ends; on_token(index, token) sees every token."""
+        device, limit, stops = self.model.device, sampling.max_new_tokens, set(sampling.stop_ids)
+        head = self.model.get_output_embeddings().weight[:sampling.vocab_size]
+        waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))      # the next is the last: little padding
+        rows, cache = [], None                           # what is being decoded: (index, tokens, logps), and its KV cache
+        ids, lengths, uniforms = None, torch.zeros(0, dtype=torch.long, device=device), torch.zeros(0, limit, device=device)
+        while waiting or rows:
+            hidden = self._advance(ids, lengths, cache) if rows else head[:0]                             # (B, H)
+            room = self.max_rows - len(rows)
+            # a quarter of the rows at a time, since joining copies the cache; sliding windows cannot be joined
+            if waiting and (not rows or self.plain and room >= min(len(waiting), max(1, self.max_rows // 4))):
+                new = [waiting.pop() for _ in range(min(room, len(waiting)))]
+                longest = max(len(prompts[i]) for i in new)
+                ids = torch.tensor([[0] * (longest - len(prompts[i])) + list(prompts[i]) for i in new], device=device)
+                new_lengths = torch.tensor([len(prompts[i]) for i in new], device=device)
+                new_uniforms = torch.stack([torch.rand(limit, generator=torch.Generator().manual_seed(seeds[i])) for i in new])
+                new_cache = DynamicCache(config=self.model.config)
+                hidden = torch.cat([hidden, self._advance(ids, new_lengths, new_cache)])
+                lengths, uniforms = torch.cat([lengths, new_lengths]), torch.cat([uniforms, new_uniforms.to(device)])
+                rows += [(i, [], []) for i in new]
+                cache = _join(cache, new_cache, lengths.max().item()) if cache else new_cache
+            step = torch.tensor([len(tokens) for _, tokens, _ in rows], device=device)
+            picks = uniforms.gather(1, step[:, None]).squeeze(1)
+            tokens, logps = sample_tokens((hidden @ head.T).float(), picks, sampling)
+            keep = []
+            for b, ((i, response, scores), token, logp) in enumerate(zip(rows, tokens.tolist(), logps.tolist())):
+                response.append(token)
+                scores.append(logp)
+                if on_token:
+                    on_token(i, token)
+                if token in stops or len(response) == limit:
+                    yield i, response, scores, "stop" if token in stops else "length"
+                else:
+                    keep.append(b)
+            if len(keep) < len(rows):
+                rows, kept = [rows[b] for b in keep], torch.tensor(keep, dtype=torch.long, device=device)
+                tokens, lengths, uniforms = tokens[kept], lengths[kept], uniforms[kept]
+                if rows:
+                    cache.batch_select_indices(kept)
+                else:
+                    cache = None
+            ids, lengths = tokens[:, None], lengths + 1
+
+    def _advance(self, ids, lengths, cache):
+        """Hidden states (B, H) at the last of ids (B, t). Rows are aligned on the right: of T columns the last `lengths`."""
+        columns = torch.arange(end := cache.get_seq_length() + ids.shape[1], device=ids.device)
+        mask = columns >= end - lengths[:, None]                                                          # (B, T)
+        positions = (columns[-ids.shape[1]:] - end + lengths[:, None]).clamp(min=0)
+        if self.plain and ids.shape[1] == 1:             # building it from two dimensions is a tenth of a small model's time
+            mask = mask[:, None, None]
+        return self.model.base_model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                                     use_cache=True).last_hidden_state[:, -1]
+
+
+def _join(a, b, width):
+    """Cache a with the rows of cache b below its own, both cut or padded on the left to `width` columns."""
+    for mine, theirs in zip(a.layers, b.layers):
+        mine.keys, mine.values = (
+            torch.cat([torch.nn.functional.pad(x, (0, 0, width - x.shape[2], 0)) for x in pair])      # negative: cuts
+            for pair in ((mine.keys, theirs.keys), (mine.values, theirs.values)))
+    return a
 
 
 # --------------------------------------------------------------------------------------------- forwards over responses

@@ -1,5 +1,5 @@
-# offline_4b.py - offline-RL style: teacher prefixes, reverse KL. --teacher=Qwen/Qwen3-8B for the 8B cell.
-from configs.opd_4b import *
+# offline_4b.py - offline-RL style: teacher prefixes, reverse KL, on the same trajectories as sft_4b.
+from configs.sft_4b import *
 
-prefix = "teacher"
+reverse_weight = 1.0
 out_dir = "out/offline_4b"

@@ -1,8 +1,6 @@
-# toy_hard_sft.py - plain SFT: cross-entropy on the solutions in the prompt file, no teacher.
-from configs.toy_opd import *
+# toy_hard_sft.py - plain SFT, the baseline: cross-entropy on the teacher's responses. First: python sample.py
+# configs/toy_sample.py. --trajectories=None trains on the solutions in the prompt file instead.
+from configs.toy_sft import *
 
 teacher = None
-prefix = "teacher"
-reverse_weight = 0.0
-eval_teacher = False
 out_dir = "out/toy_hard_sft"

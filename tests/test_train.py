@@ -40,7 +40,7 @@ def same(a, b, tolerance=0.0):
 def test_cells(train, name):
     """Each corner trains on its own prefixes and direction: loss = lam reverse + (1 - lam) forward on the same tokens."""
     prefix, lam = CELLS[name]
-    rows, run = train(f"configs/{name}.py", "--max_steps=2")
+    rows, run = train(f"configs/{name}.py", "--max_steps=2", "--trajectories=None")
     config = json.loads((run / "run_config.json").read_text())
     assert (config["prefix"], config["reverse_weight"]) == (prefix, lam)
     for row in steps(rows):
@@ -57,7 +57,7 @@ def test_prefix_source(train, monkeypatch, teacher, student):
     gaps = []
     for name in ("toy_sft", "toy_opd"):
         seen.clear()
-        train(f"configs/{name}.py", "--max_steps=1", "--batch_size=32", "--max_new_tokens=64")
+        train(f"configs/{name}.py", "--max_steps=1", "--batch_size=32", "--max_new_tokens=64", "--trajectories=None")
         with torch.no_grad():
             scores = [sum(m(torch.tensor([p + r])).logits[0, len(p) - 1:-1, :272].log_softmax(-1).gather(
                 1, torch.tensor(r)[:, None]).sum() for batch in seen[::2] for p, r in batch) for m in (teacher, student)]
@@ -67,7 +67,7 @@ def test_prefix_source(train, monkeypatch, teacher, student):
 
 def test_hard_labels(train, student):
     """teacher=None: cross-entropy on the file's solutions, here recomputed from logits."""
-    rows, run = train("configs/toy_hard_sft.py", "--max_steps=1", "--max_new_tokens=200")
+    rows, run = train("configs/toy_hard_sft.py", "--max_steps=1", "--max_new_tokens=200", "--trajectories=None")
     order = utils.prompt_order(3000, 0, 8, 42)
     tok = AutoTokenizer.from_pretrained("data/toy/student")
     problems, total, count = utils.load_problems("data/toy/train.jsonl"), 0.0, 0
@@ -91,7 +91,7 @@ def test_loss_does_not_depend_on_microbatches(train):
 
 def test_bf16_compute(train):
     """bf16 compute over fp32 masters: the same step within bf16's rounding, and weights that are not bf16 numbers."""
-    options = ("--max_steps=2", "--prefix=teacher", "--learning_rate=1e-5")
+    options = ("--max_steps=2", "--trajectories=None", "--learning_rate=1e-5")
     exact, _ = train("configs/toy_sft.py", *options)
     rounded, run = train("configs/toy_sft.py", "--dtype=bfloat16", *options)
     assert rounded[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.15) and rounded[0]["loss"] != exact[0]["loss"]
@@ -228,7 +228,7 @@ def test_keys_reach_the_sampler(train, monkeypatch):
     assert step == (5, utils.Sampling(24, (257,), 0.9, 0.8, 7, 272))
     assert before == after == (5, utils.Sampling(9, (257,), 0.5, 0.7, 0, 272)) and teacher[1].stop_ids == (257, 260)
     calls.clear()
-    train("configs/toy_sft.py", *options, "--eval_every=0")
+    train("configs/toy_sft.py", *options, "--eval_every=0", "--trajectories=None")
     assert calls == [(5, utils.Sampling(24, (257, 260), 0.9, 0.8, 7, 272))]
 
 
@@ -254,7 +254,8 @@ def test_real_problems(train, tmp_path):
     rows, _ = train("configs/toy_opd.py", f"--prompts={path}", f"--eval_data={path}", "--max_steps=2", "--eval_every=2",
                     "--eval_max_new_tokens=20", "--eval_samples=1", "--eval_teacher=False")
     assert len(steps(rows)) == 2 and all(row["loss"] > 0 for row in steps(rows))
-    rows, _ = train("configs/toy_hard_sft.py", f"--prompts={path}", "--max_steps=1", "--max_new_tokens=100")
+    rows, _ = train("configs/toy_hard_sft.py", f"--prompts={path}", "--max_steps=1", "--max_new_tokens=100",
+                    "--trajectories=None")
     assert rows[0]["tokens"] > 8 * 20
 
 
@@ -289,7 +290,7 @@ def broken(tmp_path_factory):
 
 @pytest.mark.parametrize("option, message", [
     ("--student=data/toy/studnt", "no model folder data/toy/studnt"),
-    ("--student={root}/nothing", "no config.json"),
+    ("--student={root}/nothing", "no tokenizer_config.json"),
     ("--student={root}/cut", "cannot load a model there"),
     ("--student={root}/lacking", "the checkpoint lacks model.norm.weight"),
     ("--teacher={root}/untemplated", "has no chat template"),

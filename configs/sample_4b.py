@@ -1,0 +1,17 @@
+# sample_4b.py - Qwen3-4B's responses to the DeepScaleR prompts, once, for sft_4b and offline_4b. With hidden states a token
+# takes 5,128 bytes: at 2,000 tokens a response 410 GB; --cache_hidden=False takes 8 and runs the teacher in training.
+model = "Qwen/Qwen3-4B"
+student = "Qwen/Qwen3-0.6B-Base"
+prompts = "data/deepscaler.jsonl"
+out_dir = "out/sample_4b"
+
+max_new_tokens = 4096
+temperature = 1.0
+top_p = 0.95
+top_k = 20
+
+rollout_rows = 64
+dtype = "bfloat16"
+cache_hidden = True
+expected_length = 2000
+seed = 42
