@@ -271,9 +271,10 @@ def main(argv):
     # models: fp32 masters for the student, the compute dtype for the teacher, of which its head is enough for cached states
     dtype = getattr(torch, cfg.dtype)
     tokenizer = template = utils.load_tokenizer(cfg.student)
-    for path in [cfg.teacher] * (cfg.teacher is not None) + [str(data.folder / "tokenizer")] * (data is not None):
-        check_tokenizers(tokenizer, template := utils.load_tokenizer(path))      # its chat template makes (or made) the prompts
-        tokenizer.chat_template = template.chat_template                         # and goes into the checkpoints
+    for path in (cfg.teacher, data and str(data.folder / "tokenizer")):
+        if path is not None:                             # its chat template makes the prompts, and goes into the checkpoints
+            check_tokenizers(tokenizer, template := utils.load_tokenizer(path))
+            tokenizer.chat_template = template.chat_template
     student = utils.load_model(checkpoint or cfg.student, torch.float32, device)
     teacher = head_p = None
     if cfg.teacher and data and data.cached:
