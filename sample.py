@@ -5,19 +5,23 @@ Write responses of a model to disk once, to train on them many times; or talk to
     torchrun --nproc_per_node=8 sample.py configs/sample_4b.py      # Qwen3-4B on the DeepScaleR prompts
     python sample.py configs/toy_sample.py --prompt="3+4+5?"        # one answer, as it comes; --chat for more
 
-A shard, out_dir/000_00000.safetensors (rank, number), holds n sequences of T tokens, R of them response tokens:
-    tokens         (T,)      int32   prompt, response, prompt, response, ...
+A shard, out_dir/000_00000.safetensors (rank, number), holds n sequences, in all M tokens, R of them response tokens:
+    tokens         (M,)      int32   prompt, response, prompt, response, ...
     offsets        (n + 1,)  int64   where a sequence begins in tokens
     prompt_lengths (n,)      int32
     logps          (R,)      fp32    of the response tokens, under the full softmax at T = 1
     stopped        (n,)      uint8   1: ends with a stop id, 0: cut at max_new_tokens
     prompt_index, sample     (n,)    int32: which prompt of the file, which of its responses
-    hidden         (R, H_t)  bf16    with cache_hidden: the last hidden states that predict the response tokens. Their product
-                                     with the LM head is the full distribution, 2 H_t bytes a token instead of 2 V
+    hidden         (R, H_t)  bf16    with cache_hidden: the last hidden states (of size H_t) that predict the response tokens.
+                                     Their product with the LM head is the full distribution over the vocabulary of V, in
+                                     2 H_t bytes a token instead of 2 V
     hidden_crc     (n,)      int64   CRC-32 of each sequence's part of hidden
 and as metadata what made it, with a checksum of all but hidden. Beside it the same as JSON lines, to read; the tokenizer is in
-out_dir/tokenizer. Seeds belong to (seed, prompt, sample): killed and started again, what is missing is sampled as it would have
-been.
+out_dir/tokenizer.
+
+Killed and started again with the same command, it samples what no shard holds. Seeds belong to (seed, prompt, sample), so in
+fp32 the set is the same as without the kill; in bf16 another batch rounds otherwise, and a long response may go another way.
+The paper samples with top_p 0.95 and top_k 20; the defaults here are 1 and 0, its values are in configs/sample_4b.py.
 """
 
 import dataclasses
@@ -38,7 +42,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import utils
-from utils import HFEngine, Sampling, UserError
+from utils import HFEngine, LocalError, Sampling, UserError
 
 
 @dataclasses.dataclass
@@ -72,8 +76,10 @@ class Config:
     chat: bool = False                                   # answer what is typed
 
 
-MAY_CHANGE = ("num_prompts", "samples_per_prompt", "engine", "rollout_rows", "max_tokens_per_microbatch", "shard_bytes",
-              "shard_sequences", "expected_length", "out_dir", "overwrite", "prompt", "chat")     # between runs into one folder
+# between runs into one folder; what the three paths name goes in as fingerprints
+MAY_CHANGE = ("model", "student", "prompts", "num_prompts", "samples_per_prompt", "engine", "rollout_rows", "shard_bytes",
+              "shard_sequences", "max_tokens_per_microbatch", "expected_length", "out_dir", "overwrite", "prompt", "chat")
+SHARDS = "[0-9][0-9][0-9]_[0-9][0-9][0-9][0-9][0-9]"     # their names, before the suffix
 
 
 def validate(cfg):
@@ -89,13 +95,17 @@ def validate(cfg):
 
 def code_version():
     """The commit this file is at, as git describes it, or "unknown" outside a repository."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
+                              text=True)
+    except OSError:
+        return "unknown"
     return done.stdout.strip() or "unknown"
 
 
 # ------------------------------------------------------------------------------------------------------------- terminal
 
-def answer(engine, tokenizer, messages, sampling, seed):
+def answer(engine, tokenizer, messages, sampling, seed, positions):
     """Print the response to a conversation, token by token, and return it."""
     tokens, shown = [], ""
 
@@ -107,6 +117,9 @@ def answer(engine, tokenizer, messages, sampling, seed):
             print(text[len(shown):], end="", flush=True)
             shown = text
     prompt = utils.encode_chat(tokenizer, messages)
+    if len(prompt) + sampling.max_new_tokens > positions:
+        raise UserError(f"a prompt of {len(prompt)} tokens and {sampling.max_new_tokens} new ones pass "
+                        f"max_position_embeddings={positions}; lower max_new_tokens")
     start = time.perf_counter()
     (_, _, reason), = engine.generate([prompt], sampling, [seed], on_token=show)
     seconds = time.perf_counter() - start
@@ -126,13 +139,14 @@ def talk(engine, tokenizer, sampling, seed, positions):
             print()
             return
         messages = [*messages, {"role": "user", "content": text}] if text else []
-        if messages and len(utils.encode_chat(tokenizer, messages)) + sampling.max_new_tokens > positions:
-            print(f"the conversation and {sampling.max_new_tokens} new tokens pass max_position_embeddings={positions}: begun "
-                  f"anew", file=sys.stderr)
-            messages = messages[-1:]
-        if messages:
-            response = answer(engine, tokenizer, messages, sampling, utils.derive_seed(seed, "chat", len(messages)))
-            messages.append({"role": "assistant", "content": response})
+        try:
+            if messages:
+                seed_here = utils.derive_seed(seed, "chat", len(messages))
+                response = answer(engine, tokenizer, messages, sampling, seed_here, positions)
+                messages.append({"role": "assistant", "content": response})
+        except UserError as error:
+            print(f"error: {error}, or begin a new conversation", file=sys.stderr)
+            messages = messages[:-1]
 
 
 # --------------------------------------------------------------------------------------------------------------- shards
@@ -140,7 +154,7 @@ def talk(engine, tokenizer, sampling, seed, positions):
 def finished(out_dir, settings):
     """{(prompt index, sample)} of all shards in out_dir. UserError where one is damaged, or was made with other settings."""
     done = set()
-    for path in sorted(Path(out_dir).glob("*.safetensors")):
+    for path in sorted(Path(out_dir).glob(f"{SHARDS}.safetensors")):
         try:
             with safe_open(path, "pt") as shard:
                 made_with = json.loads(shard.metadata()["settings"])
@@ -178,11 +192,13 @@ def write_shard(path, rows, hidden, metadata, records):
         utils.write_lines(jsonl, records, mode="w")
         save_file(tensors, temporary, {key: value if isinstance(value, str) else json.dumps(value) for key, value in
                                        metadata.items()})
+        with open(temporary) as file:
+            os.fsync(file.fileno())                      # a network disk may say only now that it is full
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         for leftover in (temporary, jsonl, f"{jsonl}.tmp"):
             Path(leftover).unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error}; the shards before it are whole: make room and start again with the "
+        raise LocalError(f"cannot write {path}: {error}; the shards before it are whole: make room and start again with the "
                         f"same command") from error
 
 
@@ -209,18 +225,22 @@ def main(argv):
     sampling = Sampling(cfg.max_new_tokens, tuple(stops), cfg.temperature, cfg.top_p, cfg.top_k, vocab_size)
     engine = {"hf": HFEngine}[cfg.engine](model, dtype, cfg.rollout_rows)
     if cfg.prompt is not None:
-        return answer(engine, tokenizer, [{"role": "user", "content": cfg.prompt}], sampling, cfg.seed)
+        return answer(engine, tokenizer, [{"role": "user", "content": cfg.prompt}], sampling, cfg.seed, positions)
     if cfg.chat:
         return talk(engine, tokenizer, sampling, cfg.seed, positions)
 
     # 2. what is to be done: every (prompt, sample) that no shard holds
-    if cfg.overwrite and chief and out_dir.is_dir():
-        for path in [*out_dir.glob("*.safetensors"), *out_dir.glob("*.jsonl")]:
-            path.unlink()
+    if out_dir.exists() and not out_dir.is_dir():
+        raise UserError(f"out_dir={cfg.out_dir!r} is a file; choose another name")
+    if chief:                                            # what a kill left behind, or with --overwrite all of it
+        for path in [*out_dir.glob(f"{SHARDS}.*"), *out_dir.glob(f".{SHARDS}.*")]:
+            if cfg.overwrite or not path.with_suffix(".safetensors").exists() or path.suffix == ".tmp":
+                path.unlink()
     if world > 1:
         dist.barrier()
     settings = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in MAY_CHANGE}
-    settings |= {"revision": utils.model_revision(cfg.model), "tokenizer": utils.fingerprint(tokenizer.get_vocab()),
+    settings |= {"revision": utils.model_revision(cfg.model),
+                 "tokenizer": utils.fingerprint({**tokenizer.get_vocab(), "chat_template": tokenizer.chat_template}),
                  "problems": utils.fingerprint(dict(enumerate(p["problem"] for p in problems))),
                  "stop_ids": stops, "vocab_size": vocab_size, "hidden_size": model.config.hidden_size}
     done = finished(out_dir, settings)
@@ -247,9 +267,10 @@ def main(argv):
 
     # 3. sample, a window of prompts at a time so that memory does not grow with their number
     mine, rows, held, number = todo[rank::world], [], 0, 0
-    metadata = {"settings": settings, "code": code_version()}
+    metadata = {"settings": settings | {"model": cfg.model, "student": cfg.student, "prompts": cfg.prompts},
+                "code": code_version()}
     bar = tqdm(total=len(mine), unit=" responses", disable=not chief, mininterval=1)
-    tokens_done, start = 0, time.perf_counter()
+    tokens_done, flops, start = 0, 0.0, time.perf_counter()
 
     def flush():
         nonlocal rows, held, number
@@ -279,6 +300,7 @@ def main(argv):
             rows.append((*part[k], prompts[k], torch.tensor(tokens, dtype=torch.int32), torch.tensor(logps), reason))
             held += len(tokens) * (8 + hidden_bytes)
             tokens_done += len(tokens)
+            flops += utils.forward_flops(model.config, [len(prompts[k]) + len(tokens)])
             bar.update()
             bar.set_postfix_str(f"{tokens_done / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
             if held >= cfg.shard_bytes or len(rows) >= cfg.shard_sequences:
@@ -286,10 +308,9 @@ def main(argv):
     if rows:
         flush()
     bar.close()
-    if world > 1:
-        dist.barrier()
-    if chief:
-        print(f"done: {out_dir}; train on it with --prefix=teacher --trajectories={out_dir}")
+    if chief:                                            # no barrier: other ranks may be at work for longer than one waits
+        print(f"done: {len(mine)} responses, {tokens_done} tokens, {flops / 1e12:.3g} TFLOPs of writing; train on them with "
+              f"--prefix=teacher --trajectories={out_dir}")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from transformers.utils import cached_file
 
 import utils
 from kernels import linear_kl, linear_logp
-from utils import HFEngine, Sampling, Timer, UserError
+from utils import HFEngine, LocalError, Sampling, Timer, UserError
 
 
 @dataclasses.dataclass
@@ -148,9 +148,9 @@ class Trajectories:
     hidden states (n, H_t) or None), in the order of prompts and samples however they are spread over shards.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, want_hidden):
         self.folder, self.shards, self.rows = Path(folder), [], []
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path in sorted(self.folder.glob("[0-9]*_[0-9]*.safetensors")):
             try:
                 shard = safe_open(path, "pt")
                 small = {key: shard.get_tensor(key) for key in shard.keys() if key != "hidden"}
@@ -159,6 +159,7 @@ class Trajectories:
                     raise ValueError("its checksum is wrong")
                 ids = zip(small["prompt_index"].tolist(), small["sample"].tolist())
                 small["prompt_ends"] = small["offsets"][:-1] + small["prompt_lengths"]
+                small["hidden_begins"] = small["offsets"][:-1] - small["prompt_lengths"].cumsum(0) + small["prompt_lengths"]
             except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
                 raise self.damaged(path, error) from error
             for key, value in (self.settings if self.shards else settings).items():
@@ -175,11 +176,11 @@ class Trajectories:
         self.rows.sort()
         if len({key for key, _, _ in self.rows}) < len(self.rows):
             raise UserError(f"{folder} holds some sequences twice; keep the shards of one run of sample.py")
-        self.cached = self.settings["cache_hidden"]
+        self.cached = self.settings["cache_hidden"] and want_hidden
 
     @staticmethod
     def damaged(path, error):
-        return UserError(f"{path} is damaged ({str(error).splitlines()[0]}); delete it and run sample.py again with its "
+        return LocalError(f"{path} is damaged ({str(error).splitlines()[0]}); delete it and run sample.py again with its "
                          f"command: what it held is sampled again")
 
     def check(self, horizon, positions, vocab_size):
@@ -203,7 +204,7 @@ class Trajectories:
         (begin, end), middle = small["offsets"][row:row + 2].tolist(), small["prompt_ends"][row].item()
         tokens, hidden = small["tokens"][begin:end].tolist(), None
         if self.cached:
-            first = begin - small["prompt_lengths"][:row].sum().item()           # hidden has rows for response tokens only
+            first = small["hidden_begins"][row].item()                           # hidden has rows for response tokens only
             hidden = shard.get_slice("hidden")[first:first + end - middle]
             if zlib.crc32(hidden.contiguous().view(torch.uint8).numpy()) != small["hidden_crc"][row]:
                 raise self.damaged(path, "the hidden states' checksum is wrong")
@@ -225,9 +226,10 @@ def load_head(path, data):
     if head.shape[1] != data.settings["hidden_size"]:
         raise UserError(f"{data.folder} holds hidden states of {made_by}, of size {data.settings['hidden_size']}, the LM head "
                         f"of {path} takes {head.shape[1]}; set teacher={made_by!r}")
-    if (revision := utils.model_revision(path)) != data.settings["revision"]:
-        raise UserError(f"{data.folder} holds hidden states of {made_by}, revision {data.settings['revision']}; {path} is "
-                        f"{revision}; set teacher to that one, or sample again")
+    ours, theirs = utils.model_revision(path), data.settings["revision"]
+    if ours != theirs and len(ours) == len(theirs):      # a hub's commit and a folder's fingerprint cannot be compared
+        raise UserError(f"{data.folder} holds hidden states of {made_by}, revision {theirs}; {path} is {ours}; set teacher to "
+                        f"that one, or sample again")
     return head
 
 
@@ -264,7 +266,10 @@ def main(argv):
                             f"that one, or start a new run from its weights with --student={checkpoint}")
         if cfg.max_steps < state["step"]:
             raise UserError(f"max_steps={cfg.max_steps}: {checkpoint} is at step {state['step']} already; raise max_steps")
-    data = Trajectories(cfg.trajectories) if cfg.trajectories else None
+    data = Trajectories(cfg.trajectories, want_hidden=cfg.teacher is not None) if cfg.trajectories else None
+    if data and state.setdefault("trajectories", len(data)) != len(data):
+        raise UserError(f"{cfg.trajectories} holds {len(data)} sequences, {state['trajectories']} when {checkpoint} was "
+                        f"written: their order would change; start a new run from its weights with --student={checkpoint}")
     problems = utils.load_problems(cfg.prompts) if data is None else []
     eval_problems = utils.load_problems(cfg.eval_data)[:cfg.eval_prompts] if cfg.eval_every else []
 

@@ -10,6 +10,7 @@ import bisect
 import copy
 import dataclasses
 import difflib
+import functools
 import hashlib
 import inspect
 import json
@@ -30,6 +31,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from kernels import linear_logp
@@ -39,6 +41,10 @@ transformers_logging.disable_progress_bar()
 
 class UserError(ValueError):
     """A mistake the user can mend. The message names the value, the limit and the remedy; scripts print it as one line."""
+
+
+class LocalError(UserError):
+    """One that a single rank may meet, such as a full disk: any rank prints it, not the first alone."""
 
 
 # -------------------------------------------------------------------------------------------------------------- config
@@ -159,8 +165,13 @@ def prompt_order(n, start, count, seed):
     order = []
     while len(order) < count:
         epoch, offset = divmod(start + len(order), n)
-        order += random.Random(derive_seed(seed, "epoch", epoch)).sample(range(n), n)[offset:]
+        order += _epoch(n, seed, epoch)[offset:]
     return order[:count]
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch(n, seed, epoch):
+    return random.Random(derive_seed(seed, "epoch", epoch)).sample(range(n), n)
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts
@@ -301,7 +312,7 @@ def load_model_config(path):
 def model_revision(path):
     """Which weights: the hub's commit, or for a folder a fingerprint of its weight files (sizes, first and last 64 kB)."""
     if not Path(path).is_dir():
-        return load_model_config(path)._commit_hash
+        return Path(cached_file(path, "config.json")).parent.name
     parts = {}
     for file in sorted(Path(path).glob("*.safetensors")):
         if file.name != "optimizer.safetensors":
@@ -375,8 +386,9 @@ class HFEngine:
         # share the weights, or keep a copy in the compute dtype; max_rows decoded together bound the KV cache
         self.model, self.max_rows = model, max_rows
         # whether a layer's cache is a (B, heads, T, d) of keys and one of values, and takes a ready bool mask
-        self.plain = model.config._attn_implementation == "sdpa" and {"full_attention"} == set(
-            getattr(model.config, "layer_types", None) or ["full_attention"])
+        layers = getattr(model.config, "layer_types", None) or [
+            "sliding_attention" if getattr(model.config, "sliding_window", None) else "full_attention"]
+        self.plain = model.config._attn_implementation == "sdpa" and set(layers) == {"full_attention"}
         if model.dtype != dtype:
             self.model = copy.deepcopy(model).eval()
             for parameter in self.model.parameters():    # buffers stay: rotary frequencies in bf16 are radians off at 4096
@@ -726,7 +738,8 @@ def run(main, doc, cls):
     try:
         main(sys.argv[1:])
     except UserError as error:
-        sys.exit(f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)       # once a machine
+        first = os.environ.get("LOCAL_RANK", "0") == "0"      # once a machine
+        sys.exit(f"error: {error}" if first or isinstance(error, LocalError) else 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

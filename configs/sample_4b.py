@@ -10,7 +10,7 @@ temperature = 1.0
 top_p = 0.95
 top_k = 20
 
-rollout_rows = 64
+rollout_rows = 32                   # 20 GB of KV cache at 4096 tokens
 dtype = "bfloat16"
 cache_hidden = True
 expected_length = 2000

@@ -5,7 +5,9 @@ Seconds per on-policy step, and decoding, beside other people's code; medians, a
 
 The step: 64 toy prompts, at most 96 new tokens, reverse KL, fp32, the toy student (0.12M parameters) and a teacher of 0.36M
 with random weights (timing does not depend on them). Learning rate 1e-6, so that response lengths stay what they are. The
-same models, prompts and sampling for TRL's DistillationTrainer, in alternating rounds. Prints a table, writes out/bench.json.
+same models, prompts and sampling for TRL's DistillationTrainer, in alternating rounds. Then teacher prefixes from disk, the toy
+teacher (0.6M) run in every step or its hidden states cached; beside it the ratio of FLOPs for Qwen3-4B and -0.6B. Prints a
+table, writes out/bench.json.
 """
 
 import contextlib
@@ -18,9 +20,11 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import train_distill  # noqa: E402  (needs the repository on the path)
+import sample  # noqa: E402  (needs the repository on the path)
+import train_distill  # noqa: E402
 import utils  # noqa: E402
 from data import toy  # noqa: E402
 
@@ -103,6 +107,18 @@ def decoding(student):
     return {name: statistics.median(values[4:]) for name, values in times.items()}
 
 
+def cached_steps(folder, cached):
+    """Seconds per teacher-prefix step, and of them for reading shards, from trajectories with or without hidden states."""
+    shards, out = folder / f"shards_{cached}", folder / "cached"
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        sample.main(["configs/toy_sample.py", f"--out_dir={shards}", f"--cache_hidden={cached}", "--num_prompts=1000"])
+        train_distill.main(["configs/toy_sft.py", f"--trajectories={shards}", f"--out_dir={out}", "--eval_every=0",
+                            f"--max_steps={WARMUP + STEPS}", "--save_every=1000", "--overwrite"])
+    rows = utils.read_lines(out / "metrics.jsonl")[WARMUP:]
+    total = [sum(row[f"{phase}_seconds"] for phase in ("rollout", "teacher", "student", "optimizer")) for row in rows]
+    return total, [row["rollout_seconds"] for row in rows]
+
+
 def main():
     torch.set_num_threads(2)
     report = {"torch": torch.__version__, "threads": torch.get_num_threads()}
@@ -118,6 +134,13 @@ def main():
                 theirs += trl_steps(student, teacher, folder)
             except ImportError:
                 pass
+        run, cached, loading = [], [], []
+        for _ in range(ROUNDS):
+            run += cached_steps(folder, False)[0]
+            seconds, reading = cached_steps(folder, True)
+            cached, loading = cached + seconds, loading + reading
+    report["teacher_prefix_step_seconds"] = {"cached": statistics.median(cached), "run": statistics.median(run),
+                                             "reading": statistics.median(loading)}
     report["step_seconds"] = {"ours": statistics.median(ours)} | ({"TRL": statistics.median(theirs)} if theirs else {})
     report["mean_response_tokens"] = statistics.mean(lengths)
     decode, step = report["decoding_seconds"], report["step_seconds"]
@@ -129,6 +152,15 @@ def main():
               f"{step['TRL'] / step['ours']:>13.2f}")
     else:
         print(f"{'on-policy step (TRL is not installed)':<44}{step['ours']:>8.3f}")
+    seconds = report["teacher_prefix_step_seconds"]
+    print(f"{'teacher-prefix step, cached (teacher run)':<44}{seconds['cached']:>8.3f}{seconds['run']:>8.3f}"
+          f"{seconds['run'] / seconds['cached']:>13.2f}")
+    real_s, real_t = (utils.forward_flops(Qwen3Config(
+        hidden_size=h, num_hidden_layers=n, intermediate_size=i, num_attention_heads=heads, num_key_value_heads=8, head_dim=128,
+        vocab_size=151936), [92 + 128] * 32) for h, n, i, heads in ((1024, 28, 3072, 16), (2560, 36, 9728, 32)))
+    head = 2 * 32 * 128 * 2560 * 151936
+    print(f"{'  FLOPs, Qwen3-4B -> 0.6B (B 32, P 92, R 128)':<60}{(3 * real_s + real_t) / (3 * real_s + head):>13.2f}")
+    print(f"{'  of it reading the shards':<44}{seconds['reading']:>8.4f}{seconds['reading'] / seconds['cached']:>21.1%}")
     Path("out").mkdir(exist_ok=True)
     Path("out/bench.json").write_text(json.dumps(report, indent=1))
 

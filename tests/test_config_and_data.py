@@ -280,7 +280,7 @@ def test_stages_import_only_utils_and_kernels():
         assert imported & ours <= {"utils", "kernels"}, path
 
 
-@pytest.mark.parametrize("path, budget", [("utils.py", 620), ("train_distill.py", 420), ("sample.py", 380),
+@pytest.mark.parametrize("path, budget", [("utils.py", 650), ("train_distill.py", 430), ("sample.py", 380),
                                           ("kernels/linear_kl.py", 250)])
 def test_line_budgets(path, budget):
     assert sum(bool(line.strip()) for line in Path(path).read_text().splitlines()) <= budget
