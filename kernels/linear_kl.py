@@ -220,11 +220,12 @@ def _mm(a, b, out):
     return out
 
 
-def _add_mm_(out, a, b):
-    """out (M, N) fp32 += a (M, K) @ b (K, N), without rounding the product first."""
+def _add_mm_(out, a, b, first):
+    """out (M, N) fp32 += a (M, K) @ b (K, N), without rounding the product first; where `first`, what was in out is ignored."""
+    beta = 0 if first else 1
     if a.is_cuda and b.dtype != out.dtype:
-        return torch.addmm(out, a.to(b.dtype), b, out_dtype=out.dtype, out=out)
-    return out.addmm_(a.to(out.dtype), b.to(out.dtype))
+        return torch.addmm(out, a.to(b.dtype), b, out_dtype=out.dtype, beta=beta, out=out)
+    return out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta)
 
 
 def _chunks(N, V, device):
@@ -250,7 +251,9 @@ class _LinearKL(torch.autograd.Function):
         head_q, head_p, weight = _head(W_q, V, h_q.dtype), _head(W_p, V, h_p.dtype), weight.to(wide).contiguous()
         stats = h_q.new_empty(4, N, dtype=wide)          # forward KL, reverse KL, H(q), H(p)
         dh = torch.empty_like(h_q) if want_dh else None
-        dW = torch.zeros_like(W_q, dtype=wide) if want_dW else None
+        dW = torch.empty_like(W_q, dtype=wide) if want_dW else None
+        if want_dW:
+            dW[V if N else 0:] = 0                       # words past the smaller vocabulary; the first chunk fills the rest
         room_q, room_p = _buffers(2, chunks := _chunks(N, V, h_q.device), V, h_q, wide)
         for rows in chunks:
             C = rows.stop - rows.start
@@ -259,7 +262,7 @@ class _LinearKL(torch.autograd.Function):
             if want_dh:
                 dh[rows] = _mm(dz, head_q, h_q.new_empty(C, h_q.shape[1], dtype=wide))
             if want_dW:
-                _add_mm_(dW[:V], dz.T, h_q[rows])
+                _add_mm_(dW[:V], dz.T, h_q[rows], first=rows.start == 0)
         ctx.save_for_backward(dh, dW)
         ctx.dtypes = h_q.dtype, W_q.dtype
         losses = weight * (lam * stats[1] + (1 - lam) * stats[0])

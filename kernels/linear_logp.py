@@ -130,7 +130,7 @@ class _LinearLogp(torch.autograd.Function):
         head, grad_logps = _head(W, len(W), h.dtype), grad_logps.contiguous()
         want_dh, want_dW = ctx.needs_input_grad[:2]
         dh = torch.empty_like(h) if want_dh else None
-        dW = torch.zeros_like(W, dtype=stats.dtype) if want_dW else None
+        dW = (torch.empty_like if len(h) else torch.zeros_like)(W, dtype=stats.dtype) if want_dW else None
         room, = _buffers(1, chunks := _chunks(len(h), len(W), h.device), len(W), h, stats.dtype)
         for rows in chunks:
             z = _mm(h[rows], head.T, room[:rows.stop - rows.start])
@@ -138,5 +138,5 @@ class _LinearLogp(torch.autograd.Function):
             if want_dh:
                 dh[rows] = _mm(dz, head, h.new_empty(len(dz), h.shape[1], dtype=stats.dtype))
             if want_dW:
-                _add_mm_(dW, dz.T, h[rows])
+                _add_mm_(dW, dz.T, h[rows], first=rows.start == 0)
         return dh, dW if dW is None else dW.to(W.dtype), None, None
