@@ -1,8 +1,8 @@
 """
 Time, peak extra memory and gradient error of linear_kl beside other people's code, all in one run.
 
-    python -m kernels.bench                   # the shapes of Qwen3: minutes on a GPU, some twelve minutes on two CPU cores
-    python -m kernels.bench --tokens 256      # only N = 256
+    python -m kernels.bench                   # the shapes of Qwen3: minutes on a GPU, some ten minutes on two CPU cores
+    python -m kernels.bench --tokens 1024     # only N = 1024
 
 One measurement is forward + backward to gradients of h_q and W_q; medians of `--repeats` alternating rounds after one warm-up.
   naive   the reference in kernels/linear_kl.py by autograd

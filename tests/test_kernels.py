@@ -252,10 +252,10 @@ def test_bad_input():
 
 def test_chunks(path, monkeypatch):
     """Any chunking gives the same numbers, and no tensor of N x V elements is ever made."""
-    tensors = inputs(300, 400, 400)
+    tensors = inputs(500, 400, 400)
     whole = run(linear_kl, tensors, 0.3)
     monkeypatch.setattr(op, "CHUNK_BYTES", (1, 1))
-    assert [len(range(*c.indices(300))) for c in op._chunks(300, 400, torch.device("cpu"))] == [100] * 3
+    assert [len(range(*c.indices(500))) for c in op._chunks(500, 400, torch.device("cpu"))] == [125] * 4
 
     class Largest(TorchDispatchMode):
         numel = 0
@@ -267,7 +267,7 @@ def test_chunks(path, monkeypatch):
             return out
     with Largest() as largest:
         parts = run(linear_kl, tensors, 0.3)
-    assert largest.numel == 100 * 400
+    assert 125 * 400 <= largest.numel <= 3 * 125 * 400 < 500 * 400                         # three blocks of row maths at most
     for a, b in zip(parts, whole):
         assert distance(a, b) < 1e-6
 
