@@ -232,18 +232,12 @@ def main(argv):
     # 2. what is to be done: every (prompt, sample) that no shard holds
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"out_dir={cfg.out_dir!r} is a file; choose another name")
-    if chief:                                            # what a kill left behind, or with --overwrite all of it
-        for path in [*out_dir.glob(f"{SHARDS}.*"), *out_dir.glob(f".{SHARDS}.*")]:
-            if cfg.overwrite or not path.with_suffix(".safetensors").exists() or path.suffix == ".tmp":
-                path.unlink()
-    if world > 1:
-        dist.barrier()
     settings = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in MAY_CHANGE}
     settings |= {"revision": utils.model_revision(cfg.model),
                  "tokenizer": utils.fingerprint({**tokenizer.get_vocab(), "chat_template": tokenizer.chat_template}),
                  "problems": utils.fingerprint(dict(enumerate(p["problem"] for p in problems))),
                  "stop_ids": stops, "vocab_size": vocab_size, "hidden_size": model.config.hidden_size}
-    done = finished(out_dir, settings)
+    done = set() if cfg.overwrite else finished(out_dir, settings)
     usable = utils.usable_prompts(cfg.prompts, problems[:cfg.num_prompts], tokenizer, cfg.max_new_tokens, positions,
                                   vocab_size, chief)
     todo = [(i, j) for i in usable for j in range(cfg.samples_per_prompt) if (i, j) not in done]
@@ -259,11 +253,16 @@ def main(argv):
         raise UserError(f"{size / 1e6:.1f} MB may be needed and {free / 1e6:.1f} MB are free in {existing}; choose another "
                         f"out_dir, fewer prompts (num_prompts), or an expected_length if responses are shorter than "
                         f"{cfg.expected_length or cfg.max_new_tokens} tokens")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    if chief:
-        tokenizer.save_pretrained(out_dir / "tokenizer")
     if world > 1:
         dist.barrier()                                   # every rank has listed the shards
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if chief:                                            # what a kill left behind, or with --overwrite all of it
+        for path in out_dir.glob(f"{SHARDS}.*"):
+            if cfg.overwrite or not path.with_suffix(".safetensors").exists() or path.suffix == ".tmp":
+                path.unlink()
+        tokenizer.save_pretrained(out_dir / "tokenizer")
+    if world > 1:
+        dist.barrier()                                   # and none writes before the folder is clean
 
     # 3. sample, a window of prompts at a time so that memory does not grow with their number
     mine, rows, held, number = todo[rank::world], [], 0, 0

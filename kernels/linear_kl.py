@@ -149,7 +149,7 @@ def _block(V):
 # -------------------------------------------------------------------------------------------- row maths, Triton or torch
 
 def _kl_rows(z_q, z_p, weight, lam, T, stats, want_grad, dtype):
-    """Fills stats (4, C) from one chunk of logits (C, V); returns dZ (C, V) or None. Logits are overwritten on a CPU."""
+    """Fills stats (4, C) from one chunk of logits (C, V); returns dZ (C, V) where wanted. Logits are overwritten on a CPU."""
     C, V = z_q.shape
     if _on_triton(z_q):
         dz = torch.empty_like(z_q, dtype=dtype) if want_grad else z_q
