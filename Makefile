@@ -1,5 +1,6 @@
 # make demo: watch a small student learn (CPU, minutes).   make test: lint and tests.   PYTHON=python3.12 picks another Python.
 PYTHON ?= python3
+MODEL ?= out/opd_4b/last
 BIN = .venv/bin
 
 demo: .venv/installed
@@ -14,6 +15,19 @@ test-all: lint
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
+
+# base student, distilled student and teacher of the toy world, as a table for the README
+results: .venv/installed
+	for run in base:data/toy/student distilled:out/toy_opd/last teacher:data/toy/teacher; do $(BIN)/python eval_math.py \
+		configs/toy_eval.py --model=$${run#*:} --out_dir=out/eval_$${run%%:*} --overwrite --extra_stop_ids="(257, 260)"; done
+	$(BIN)/python eval_math.py --table out/eval_base out/eval_distilled out/eval_teacher
+
+# general abilities of a checkpoint (the paper's shots), by lm-evaluation-harness; needs the model hub
+general: .venv/installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[general]"
+	set -e; for task in mmlu:5 arc_challenge:25 hellaswag:10 piqa:0; do $(BIN)/lm_eval --model hf \
+		--model_args pretrained=$(MODEL),dtype=bfloat16 --tasks $${task%:*} --num_fewshot $${task#*:} \
+		--batch_size auto --output_path out/general; done
 
 bench: .venv/installed
 	$(BIN)/python tests/bench_step.py
@@ -33,4 +47,4 @@ $(BIN)/python:
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
-.PHONY: demo test test-all lint bench venv
+.PHONY: demo test test-all lint bench results general venv

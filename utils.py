@@ -16,14 +16,18 @@ import inspect
 import json
 import math
 import os
+import queue
 import random
 import re
+import select
 import shutil
+import statistics
+import subprocess
 import sys
 import time
 import types
 import typing
-from fractions import Fraction
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import safetensors
@@ -510,48 +514,187 @@ def response_hidden(model, sequences, dtype=torch.float32):
     return hidden.flatten(0, 1).index_select(0, torch.tensor(where, dtype=torch.long, device=device)).to(dtype)
 
 
-# ------------------------------------------------------------------------------------------------- grading, evaluation
+# ------------------------------------------------------------------------------------------------------------- grading
 
 def grade(response, gold):
+    """(verdict, reason) of one response: `grade_all` of one."""
+    return grade_all([(response, gold)])[0]
+
+
+def grade_all(pairs, seconds=5.0):
     """
-    (verdict, reason): is the final answer of a response equal to `gold`? The last \\boxed{} counts, else what follows the last
-    "####". Equal means equal text after `normalise_answer`, or equal as numbers (0.5, 1/2, \\frac{1}{2}, 1,234).
+    [(verdict, reason)] for (response, gold answer) pairs. The verdict is True, False, or None = ungraded: comparing took longer
+    than `seconds`, or crashed. Equal texts and integers are decided here, the rest by math-verify in worker processes.
     """
-    answer = extract_answer(response)
-    if answer is None:
-        return False, "no answer"
-    a, b = normalise_answer(answer), normalise_answer(gold)
-    if a == b:
-        return True, "same text"
-    return (True, "same number") if None is not as_number(a) == as_number(b) else (False, "different")
+    results, undecided = [], {}
+    for i, (response, gold) in enumerate(pairs):
+        answer = extract_answer(response)
+        results.append((False, "no answer") if answer is None else _compare(answer, gold))
+        if results[i] is None:
+            undecided.setdefault((normalise_answer(answer), normalise_answer(gold)), []).append(i)
+    if undecided:
+        workers = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        with ThreadPoolExecutor(min(len(undecided), workers)) as threads:
+            for rows, result in zip(undecided.values(), threads.map(lambda pair: _math_verify(*pair, seconds), undecided)):
+                for i in rows:
+                    results[i] = result
+    return results
+
+
+_BOX = re.compile(r"\\(?:boxed|fbox)")
+_BRACES = re.compile(_BOX.pattern + r"(?:\s*\{|\s+([-+]?[\d.,/]*\d|[A-Z]\b))|\\.|[{}]", re.DOTALL)     # \{ is no brace
+_PHRASE = re.compile(r"(?im)\banswer\b[^.:=\n]{0,60}?(?:\bis\b|[:=])|^#+ *(?:final )?answer\b|^\**(?:final )?answer\**$|^A:")
 
 
 def extract_answer(response):
-    """Text in the last whole \\boxed{}, nested braces included; else the rest of the line after the last "####"; else None."""
-    for match in reversed(list(re.finditer(r"\\boxed\s*\{", response))):
-        depth = 1
-        for i in range(match.end(), len(response)):
-            depth += (response[i] == "{") - (response[i] == "}")
-            if depth == 0:
-                return response[match.end():i]
-    tail = response.rpartition("####")[2].strip() if "####" in response else ""
-    return tail.splitlines()[0].strip() if tail else None
+    """
+    Text in the last whole \\boxed{} or \\fbox{}, nested braces included; else the line after the last "####"; else, to the end
+    of its sentence, what follows the last "answer is", "Answer:", "# Answer" or "A:"; else None.
+    """
+    best, opened = None, []                              # (start, content) of a box; for each open brace None, or a box's start
+    first = _BOX.search(response)
+    for token in _BRACES.finditer(response, first.start()) if first else ():
+        if token[0] == "}":
+            if opened and (start := opened.pop()) is not None and (best is None or start > best[0]):
+                best = start, response[start:token.start()]
+        elif token[0][-1] == "{" and token[0] != "\\{":
+            opened.append(None if token[0] == "{" else token.end())
+        elif token[1]:                                   # \boxed 5
+            best = token.start(), token[1]
+    if best:
+        return best[1]
+    if "####" in response and (tail := response.rpartition("####")[2].strip()):
+        return tail.splitlines()[0]
+    if found := list(_PHRASE.finditer(response)):
+        tail = response[found[-1].end():][:500].lstrip(" \n\t:*")
+        tail = tail.removeprefix("$$").removeprefix("\\[").lstrip()
+        return re.split(r"(?<!\\)[.!?]\s|\n|[.!?]?$", tail, maxsplit=1)[0] or None
+    return None
 
 
+_SYMBOLS = str.maketrans({
+    "−": "-", "–": "-", "×": "\\times ", "·": "\\cdot ", "÷": "/", "°": "^\\circ ", "∞": "\\infty ", "π": "\\pi ",
+    "√": "\\sqrt ", "²": "^2", "³": "^3", "½": "\\frac{1}{2}", "≤": "\\le ", "≥": "\\ge ", "∪": "\\cup ", "∅": "\\emptyset ",
+    "\xa0": " ", "~": " ", "£": "", "€": ""})
+_NUMBER = r"[-+]?(?:\d[\d.,]*|\.\d+|\\[dt]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d))"
+_COUNT = r"(?:hundred|thousand|million|billion|trillion|dozen)"
+_RULES = [(re.compile(pattern), new) for pattern, new in (           # in this order
+    (r"\\?\$|USD\b|(?<!\\)\\(?:[][()!]|(?:left|right|displaystyle)(?![A-Za-z]))", ""),
+    (r"(?<!\\)\\(?:[,;:> ]|q?quad\b)|\{ \}", " "), (r"\{,\}", ","), (r"\\varnothing", r"\\emptyset"),
+    (r"\\(?:underline|boxed|fbox|mathbf|textbf|bm)\s*\{([^{}]*)\}", r" \1 "),
+    (r"\\color\s*(?:\{\w+\}|\w+)", ""),
+    (r"^[\s*_`\"':]+|[\s*_`\"'.,;:\\]+$", ""),
+    (r"(?i)^(?:\\text\{)?(?:the )?(?:final )?answer(?: is|:)+\s*\}?", ""),
+    (r"\s*per ?cent\b", r"\\%"),
+    (r"\s*(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree)\s*$", ""),
+    # "60 miles per hour", "15\text{ cm}^2", "5 km/h"; the word "pi" or a variable is no unit, and "3 dozen" is not 3
+    (rf"^({_NUMBER})\s*\\(?:text|mathrm|mbox)\s*\{{\s*(?!{_COUNT})[A-Za-z][^{{}}]*\}}(?:\s*\^\s*\{{?\d\}}?)?$", r"\1"),
+    (rf"^({_NUMBER})\s+(?!{_COUNT}|and\b|mod\b)(?:(?:[A-Za-z]{{3,}}|of|in)\b[\sA-Za-z./-]*|(?:[kcm]?[mg]|ft|mi)/\w+)"
+     r"(?:\^\s*\{?\d\}?)?$", r"\1"),
+    (r"^([-+]?\d+)\s+(\d+)/(\d+)$", r"\1\\frac{\2}{\3}"),                               # 3 1/2
+    (r"^([-+]?[\d.]+)[eE]([-+]?\d{1,3})$", r"\1\\times 10^{\2}"),
+    (r"\*\*", "^"), (r"(?<=\d)pi\b", r"\\pi"), (r"\s+", " "))]
+
+
+@functools.lru_cache(maxsize=4096)
 def normalise_answer(text):
-    """Without what never changes an answer: $, spaces, \\text{}, a final full stop, thousands separators."""
-    text = re.sub(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", re.sub(r"\\[dt]frac", r"\\frac", text))
-    text = re.sub(r"\\[!,;: ]|\\left|\\right|[$\s]", "", text).rstrip(".")
-    return text.replace(",", "") if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", text) else text
+    """Without what never changes an answer: markup, spaces of LaTeX, currency and units, degrees, thousands separators."""
+    text = text.translate(_SYMBOLS)
+    for pattern, new in _RULES:
+        text = pattern.sub(new, text)
+    text = text.strip()
+    if re.fullmatch(r"[-+]?\d{1,3}(?:[, ]\d{3})+(?:\.\d+)?", text):
+        text = re.sub("[, ]", "", text)
+    if named := re.fullmatch(rf"({_NUMBER})\s*(?:\\text\s*)?({_COUNT})s?(?: [a-z ]*)?", text):
+        zeros = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}.get(named[2])
+        text = f"{named[1]} \\times " + (f"10^{{{zeros}}}" if zeros else "12")
+    return text
 
 
-def as_number(text):
-    """Exact Fraction of 42, -0.5, 1/2 or \\frac{1}{2}; None for anything else."""
-    text = re.sub(r"\\frac\{([+-]?\d+)\}\{(\d+)\}", r"\1/\2", text)
-    if len(text) > 100 or not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)|[+-]?\d+/0*[1-9]\d*", text):
-        return None                                      # Fraction("1e9999999") would take for ever
-    return Fraction(text)
+def _compare(answer, gold):
+    """(verdict, reason) where texts or integers decide, else None."""
+    if answer == gold != "":
+        return True, "same text"
+    a, b = normalise_answer(answer), normalise_answer(gold)
+    if not a:
+        return False, "no answer"
+    plain, wanted = (re.sub(r"\\(?:text|mathrm|mbox)\s*\{\s*([^{}]*?)\s*\}|\s", r"\1", text) for text in (a, b))
+    if plain == wanted:
+        return True, "same text"
+    if _INTEGER.fullmatch(a) and _INTEGER.fullmatch(b):
+        return (True, "same integer") if int(a) == int(b) else (False, "different integer")
+    if len(a) > 1000:
+        return False, "too long for an answer"
+    if re.fullmatch(r"[A-Z]|\([A-Z]\)", wanted):        # a choice: "(C)", "C: 5", "c"
+        choice = re.match(r"\(?([A-Za-z])\)?(?![\w^])", re.sub(r"\\text\w*\s*\{|^\s+", "", a))
+        return (True, "same choice") if choice and choice[1].upper() == wanted.strip("()") else (False, "different choice")
+    if re.fullmatch("[a-z][A-Z]", wanted + plain):       # e and E; math-verify ignores case
+        return False, "different letter"
+    bases = [re.fullmatch(r"[\dA-F]+_\{?(\d+)\}?", text) for text in (a, b)]
+    if any(re.fullmatch(r"\S*\d(?:t|ab)", x) and re.fullmatch(_NUMBER, y) for x, y in ((a, b), (b, a))):
+        return False, "a variable is no unit"            # math-verify takes these two for tonnes and at-bats
+    if bases[0] and (not bases[1] or bases[0][1] != bases[1][1]):
+        return False, "different base"                   # math-verify drops what is written below
+    # "= 0" and the like: math-verify takes the right side of any equation for its value
+    if "=" in b and "=" not in a and _is_relation(b) or "=" in a and b == "0" and _is_relation(a):
+        return False, "an equation is no value"
+    if {"tuple", "collection"} == {_kind(a), _kind(b)}:
+        return False, "a tuple has an order"             # nor does it tell (1,2) from 1,2 and \{1,2\}
+    return None
+
+
+def _kind(text):
+    if "," in text and "=" not in text:
+        return "tuple" if re.fullmatch(r"\([^()]*\)", text) else None if re.search(r"[(\[]", text) else "collection"
+
+
+def _is_relation(text):
+    """Whether more than a name stands on the left: x = 5, f(2) = 5 and x_1 = 5 give a value, 2x + y = 5 does not."""
+    return bool(re.search(r"[-+*/\d]", re.sub(r"_\{?\w+\}?|\([^()]*\)|\^\{-1\}", "", text.partition("=")[0])))
+
+
+_INTEGER = re.compile(r"[-+]?\d{1,100}")                 # int() refuses thousands of digits
+
+# One comparison a line, in a process of its own: math-verify limits its time by signals, and sympy can hang or eat the memory.
+_GRADER = r"""
+import json, logging, resource, sys
+out, sys.stdout = sys.stdout, sys.stderr
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+logging.disable(logging.WARNING)
+from math_verify import parse, verify
+print("ready", file=out, flush=True)
+for line in sys.stdin:
+    try:
+        gold, answer = (parse("\\boxed{%s}" % text, parsing_timeout=None) for text in json.loads(line))
+        result = bool(answer and gold) and verify(gold, answer, timeout_seconds=None)
+    except Exception:
+        result = False
+    print(json.dumps(bool(result)), file=out, flush=True)
+"""
+_graders = queue.SimpleQueue()                           # idle processes
+
+
+def _math_verify(answer, gold, seconds):
+    """(verdict, reason) by math-verify, or (None, why not)."""
+    try:
+        process = _graders.get_nowait()
+    except queue.Empty:
+        process = subprocess.Popen([sys.executable, "-c", _GRADER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   stderr=subprocess.DEVNULL, text=True)
+        if process.stdout.readline() != "ready\n":
+            raise UserError("grading needs math-verify, and cannot import it: pip install 'math-verify>=0.9,<0.10'") from None
+    try:
+        process.stdin.write(json.dumps([gold, answer]) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline() if select.select([process.stdout], [], [], seconds)[0] else None
+    except OSError:                                      # it died before this pair
+        line = ""
+    if line:
+        _graders.put(process)
+        return (True, "equal for math-verify") if line == "true\n" else (False, "different for math-verify")
+    process.kill()
+    process.communicate()
+    return None, "comparison crashed" if line == "" else f"no verdict in {seconds:g} s"
 
 
 def pass_at_k(n, correct, k):
@@ -561,60 +704,99 @@ def pass_at_k(n, correct, k):
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
 def tokens_after_box(tokenizer, tokens):
     """Response tokens after the one that completes the first "\\boxed"; None when there is no box."""
     first = bisect.bisect_left(range(len(tokens) + 1), True, key=lambda n: "\\boxed" in tokenizer.decode(tokens[:n]))
     return len(tokens) - first if first <= len(tokens) else None
 
 
-@torch.no_grad()
-def evaluate(engine, model, tokenizer, problems, prompts, sampling, samples, seed, max_tokens, rank=0, world=1,
-             dtype=torch.float32):
-    """
-    Sample `samples` responses a problem and measure them. Returns (metrics, records); every rank gets all of both.
+def repetition(tokens, n=8):
+    """1 - distinct n-grams / n-grams: 0 where nothing is said twice, near 1 in a loop."""
+    grams = [tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
-    metrics: avg_at_k and pass_at_k over problems with an answer (k = samples; None without any), length in tokens, entropy =
-    mean over tokens of the model's full-softmax entropy at T = 1 (nats) on the responses sampled with `sampling`, truncated =
-    share of responses without a stop id, stop_reasons = shares, tokens_after_box, and the sampling settings themselves.
+
+@torch.no_grad()
+def respond(engine, model, tokenizer, problems, prompts, pairs, sampling, seed, max_tokens, dtype=torch.float32):
     """
-    mine = [(i, j) for i in range(len(problems)) for j in range(samples)][rank::world]
-    rollouts = engine.generate([prompts[i] for i, _ in mine], sampling, [derive_seed(seed, "eval", i, j) for i, j in mine])
-    entropy = [0.0] * len(mine)
-    sequences = [(prompts[i], tokens) for (i, _), (tokens, _, _) in zip(mine, rollouts)]
+    A record for each (index, sample) of `pairs`: the response of `model` to problems[index], of prompt ids prompts[index],
+    graded and measured. Entropies are of the full softmax at T = 1, in nats, summed over tokens.
+    """
+    rollouts = engine.generate([prompts[i] for i, _ in pairs], sampling, [derive_seed(seed, "eval", i, j) for i, j in pairs])
+    entropy = [None] * len(pairs)
+    sequences = [(prompts[i], tokens) for (i, _), (tokens, _, _) in zip(pairs, rollouts)]
     for batch in microbatches([len(p) + len(r) for p, r in sequences], max_tokens):
         hidden = response_hidden(model, [sequences[b] for b in batch], dtype)
         targets = torch.tensor([t for b in batch for t in sequences[b][1]], device=hidden.device)
         _, per_token = linear_logp(hidden, model.get_output_embeddings().weight[:sampling.vocab_size], targets)
-        for b, part in zip(batch, per_token.split([len(sequences[b][1]) for b in batch])):
-            entropy[b] = part.sum().item()
+        for b, part in zip(batch, per_token.double().cpu().split([len(sequences[b][1]) for b in batch])):
+            entropy[b] = part
+    responses = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens, _, _ in rollouts]
+    golds = [problems[i]["answer"] for i, _ in pairs]
+    verdicts = iter(grade_all([(response, gold) for response, gold in zip(responses, golds) if gold is not None]))
     records = []
-    for (i, j), (tokens, _, reason), h in zip(mine, rollouts, entropy):
-        response, gold = tokenizer.decode(tokens, skip_special_tokens=True), problems[i]["answer"]
-        verdict, why = (None, "no reference answer") if gold is None else grade(response, gold)
-        stop = tokenizer.decode(tokens[-1:]) if reason == "stop" else reason
-        records.append({"index": i, "sample": j, "problem": problems[i]["problem"], "answer": gold, "response": response,
-                        "correct": verdict, "reason": why, "length": len(tokens), "entropy": h / len(tokens), "stop": stop,
-                        "tokens_after_box": tokens_after_box(tokenizer, tokens)})
+    for (i, j), (tokens, _, reason), response, gold, h in zip(pairs, rollouts, responses, golds, entropy):
+        verdict, why = (None, "no reference answer") if gold is None else next(verdicts)
+        after = tokens_after_box(tokenizer, tokens)
+        records.append({
+            "index": i, "sample": j, "problem": problems[i]["problem"], "answer": gold, "response": response,
+            "extracted": extract_answer(response), "correct": verdict, "reason": why, "length": len(tokens),
+            "entropy_sum": h.sum().item(), "stop": tokenizer.decode(tokens[-1:]) if reason == "stop" else reason,
+            "tokens_after_box": after, "entropy_after_box_sum": h[len(tokens) - after:].sum().item() if after else 0.0,
+            "repetition": repetition(tokens)})
+    return records
+
+
+def summarise(records):
+    """
+    The numbers of one set of problems, from `respond`'s records.
+
+    avg_at_k, pass_at_k: over problems with graded responses, k = the fewest that any of them has (None without answers);
+    ungraded responses, compared without a verdict, count nowhere else. length and median_length in tokens; entropy = mean over
+    tokens (nats), also before and after the first \\boxed; truncated = share of responses without a stop id; stop_reasons =
+    shares; tokens_after_box over responses with a box; repetition = mean over responses.
+    """
+    graded = {}                                          # index: (graded responses, right ones)
+    for r in records:
+        if r["correct"] is not None:
+            n, c = graded.get(r["index"], (0, 0))
+            graded[r["index"]] = n + 1, c + r["correct"]
+    k = min((n for n, _ in graded.values()), default=0)
+    boxed = [r for r in records if r["tokens_after_box"] is not None]
+    tokens, after = sum(r["length"] for r in records), sum(r["tokens_after_box"] for r in boxed)
+    before = sum(r["length"] for r in boxed) - after
+    entropy_after = sum(r["entropy_after_box_sum"] for r in boxed)
+    entropy_before = sum(r["entropy_sum"] for r in boxed) - entropy_after
+    stops = [r["stop"] for r in records]
+    return {
+        "avg_at_k": sum(c / n for n, c in graded.values()) / len(graded) if graded else None,
+        "pass_at_k": sum(pass_at_k(n, c, k) for n, c in graded.values()) / len(graded) if graded else None,
+        "k": k, "problems": len({r["index"] for r in records}), "responses": len(records),
+        "ungraded": sum(r["correct"] is None and r["reason"] != "no reference answer" for r in records),
+        "length": tokens / len(records), "median_length": statistics.median(r["length"] for r in records),
+        "truncated": stops.count("length") / len(stops),
+        "stop_reasons": {stop: stops.count(stop) / len(stops) for stop in sorted(set(stops))},
+        "entropy": sum(r["entropy_sum"] for r in records) / tokens,
+        "entropy_before_box": entropy_before / before if before else None,
+        "entropy_after_box": entropy_after / after if after else None,
+        "tokens_after_box": after / len(boxed) if boxed else None,
+        "repetition": sum(r["repetition"] for r in records) / len(records)}
+
+
+def evaluate(engine, model, tokenizer, problems, prompts, sampling, samples, seed, max_tokens, rank=0, world=1,
+             dtype=torch.float32):
+    """Sample `samples` responses a problem and measure them: (summary with the sampling settings, records), on every rank."""
+    pairs = [(i, j) for i in range(len(problems)) for j in range(samples)][rank::world]
+    records = respond(engine, model, tokenizer, problems, prompts, pairs, sampling, seed, max_tokens, dtype)
     if world > 1:
         parts = [None] * world
         dist.all_gather_object(parts, records)
         records = [record for part in parts for record in part]
     records.sort(key=lambda r: (r["index"], r["sample"]))
-    graded = [sum(r["correct"] for r in records[i:i + samples]) for i in range(0, len(records), samples)
-              if records[i]["correct"] is not None]
-    tails = [r["tokens_after_box"] for r in records if r["tokens_after_box"] is not None]
-    stops, tokens = [r["stop"] for r in records], sum(r["length"] for r in records)
-    return {
-        "avg_at_k": sum(graded) / (samples * len(graded)) if graded else None,
-        "pass_at_k": sum(pass_at_k(samples, c, samples) for c in graded) / len(graded) if graded else None,
-        "length": tokens / len(records),
-        "entropy": sum(r["entropy"] * r["length"] for r in records) / tokens,
-        "truncated": stops.count("length") / len(stops),
-        "stop_reasons": {stop: stops.count(stop) / len(stops) for stop in sorted(set(stops))},
-        "tokens_after_box": sum(tails) / len(tails) if tails else None,
-        "k": samples, "problems": len(problems), "temperature": sampling.temperature, "top_p": sampling.top_p,
-        "top_k": sampling.top_k, "max_new_tokens": sampling.max_new_tokens,
-    }, records
+    return summarise(records) | {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
+                                 "max_new_tokens": sampling.max_new_tokens}, records
 
 
 # --------------------------------------------------------------------------------------------------- logs, checkpoints

@@ -20,6 +20,12 @@ As with a chat teacher and a Base student, the two end a response with different
 student <|endoftext|>; and the two embeddings are padded past the tokenizer, to different sizes.
 """
 
+import os
+import sys
+
+if __name__ == "__main__":                               # this folder has a math.py
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
 import argparse
 import json
 import math

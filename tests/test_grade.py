@@ -1,0 +1,222 @@
+"""The grader against what fools others: real gold answers, every notation, hostile strings, workers that hang or die."""
+
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+import utils
+from data import math as benchmarks
+
+# (answer in the box, gold answer, equal?, what is special about it); math-verify alone is right about these
+CASES = [
+    ("42", "42", True, "the same"), ("016", "16", True, "leading zeros"), ("1,234", "1234", True, "thousands separator"),
+    ("10,\\!080", "10,080", True, "a thin space in it"), ("1,234,567.50", "1234567.5", True, "two separators and cents"),
+    ("3, 5, 7", "3,5,7", True, "a list, not a number"), ("1,234", "1, 234", False, "a number, not a list"),
+    ("1{,}000", "1000", True, "a separator in braces"), ("1.000", "1000", False, "a decimal point"),
+    ("\\$18.90", "18.90", True, "money"), ("$36", "\\$36", True, "money"), ("50\\%", "50", True, "percent left out"),
+    ("50%", "0.5", True, "percent as a fraction"), ("50%", "5", False, "percent"), ("6", "0.06", False, "no percent"),
+    ("12 apples", "12", True, "a unit in words"), ("5.4 \\text{ cents}", "5.4", True, "unit"),
+    ("864", "864 \\mbox{ inches}^2", True, "unit with a power"), ("15 \\text{ cm}^2", "15\\mbox{ cm}^2", True, "unit"),
+    ("27 \\text{ m/s}", "27", True, "unit with a slash"), ("5 \\text{ cm}", "5", True, "unit"), ("5x", "5", False, "no unit"),
+    ("5 hours and 3 minutes", "5", False, "two units"),
+    ("3 dozen", "3", False, "a number word is no unit"), ("2 million", "2", False, "a number word is no unit"),
+    ("90^\\circ", "90", True, "degrees"), ("90^{\\circ}", "90^\\circ", True, "degrees"),
+    ("\\frac{270}{7}", "\\frac{270}7\\text{ degrees}", True, "degrees in words"), ("90 degrees", "90", True, "degrees"),
+    ("\\dfrac{1}{2}", "\\frac12", True, "fractions"), ("\\frac{1}{2}", "0.5", True, "fraction and decimal"),
+    ("1/2", "\\tfrac{1}{2}", True, "slash"), ("\\frac 59", "\\frac{5}{9}", True, "a space"),
+    ("{3\\over 4}", "3/4", True, "over"),
+    ("-\\frac{1}{2}", "-0.5", True, "sign"), ("\\frac{-1}{2}", "-\\frac{1}{2}", True, "sign inside"),
+    (".5", "0.5", True, "no zero"), ("5.0", "5", True, "a zero more"), ("0.333", "\\frac{1}{3}", False, "rounded"),
+    ("1\\frac{4}{5}", "\\frac{9}{5}", True, "mixed number"), ("137.5", "137 \\frac{1}{2}", True, "mixed number with a space"),
+    ("3\\frac{1}{2}", "3/2", False, "not a product"), ("x=5", "5", True, "the variable named"), ("- 5", "-5", True, "a space"),
+    ("5", "x=5", True, "named in the gold answer"), ("y = 2x + 3", "2x+3", True, "a function named"),
+    ("[-2,7]", "x \\in [-2,7]", True, "membership"), ("6.72 \\times 10^{-5}", ".0000672", True, "powers of ten"),
+    ("−5", "-5", True, "a typographic minus"), ("+5", "5", True, "a plus"), ("5.", "5.", True, "a full stop"),
+    ("\\(73\\)", "73", True, "LaTeX parentheses"), ("= 73", "73", True, "an equals sign"), ("73!", "73", False, "a factorial"),
+    ("\\text{(C)}", "C", True, "a choice"), ("(C)", "\\text{(C)}", True, "a choice"), ("C", "\\text{(B)}", False, "a choice"),
+    ("\\text{Evelyn}", "Evelyn", True, "a name"), ("evelyn", "\\text{Evelyn}", True, "a name in lower case"),
+    ("Angela", "\\text{Evelyn}", False, "another name"), ("\\text{odd}", "\\text{even}", False, "another word"),
+    ("\\text{draw}", "\\text{ward}", False, "an anagram: words are no products"), ("yes", "\\text{Yes}", True, "a word"),
+    ("(3,4]", "(3,4]", True, "interval"), ("(3, 4]", "\\left(3,4\\right]", True, "interval"),
+    ("[3,4]", "(3,4]", False, "closed"), ("(3,4)", "(3,4]", False, "open"), ("(2,\\infty)", "(2, \\infty)", True, "infinity"),
+    ("\\infty", "-\\infty", False, "infinity"), ("(-\\infty,\\infty)", "\\mathbb{R}", True, "all real numbers"),
+    ("(-\\infty,2)\\cup(3,\\infty)", "(-\\infty, 2) \\cup (3, \\infty)", True, "union"),
+    ("(2,3)\\cup(0,1)", "(0,1)\\cup(2,3)", True, "a union in another order"),
+    ("(1,2)", "(2,1)", False, "a tuple has an order"), ("(1,2)", "(1,2,3)", False, "a longer tuple"),
+    ("\\left( \\frac{3}{2}, -13 \\right)", "(1.5,-13)", True, "tuple"), ("\\{1,2\\}", "\\{2,1\\}", True, "a set has none"),
+    ("-2,1", "1,-2", True, "two solutions"), ("1", "1,-2", False, "one of two"), ("x=5, x=7", "5,7", True, "solutions named"),
+    ("5 and 7", "5,7", True, "two solutions in words"), ("\\pm 2", "2,-2", True, "both signs"),
+    ("\\pm 2", "2", False, "one sign"),
+    ("\\begin{pmatrix} -2 \\\\ -14 \\end{pmatrix}", "\\begin{pmatrix}-2\\\\-14\\end{pmatrix}", True, "matrix"),
+    ("\\begin{pmatrix} -2 \\\\ 14 \\end{pmatrix}", "\\begin{pmatrix}-2\\\\-14\\end{pmatrix}", False, "matrix"),
+    ("\\begin{bmatrix}1&2\\\\3&4\\end{bmatrix}", "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", True, "other brackets"),
+    ("3\\sqrt{13}", "\\sqrt{117}", True, "root"), ("11\\sqrt2", "11\\sqrt{2}", True, "root without braces"),
+    ("\\frac{\\sqrt{3}}{3}", "\\frac{1}{\\sqrt{3}}", True, "root"), ("2\\pi + 18", "18+2\\pi", True, "another order"),
+    ("3.14159", "\\pi", False, "rounded"), ("(b+2)(a+5)", "(a+5)(b+2)", True, "factors"), ("E", "E", True, "a letter"),
+    ("x^3-6+3x", "x^3+3x-6", True, "polynomial"), ("x^3+3x+6", "x^3+3x-6", False, "polynomial"),
+    ("6 - 5i", "-5i+6", True, "complex"), ("6+5i", "6-5i", False, "complex"), ("x > 5", "5 < x", True, "an inequality"),
+    ("1 \\pm \\sqrt{19}", "1\\pm\\sqrt{19}", True, "plus or minus"), ("52_8", "52_{8}", True, "base"),
+    ("53_8", "52_8", False, "base"), ("52", "52_8", True, "base left out"), ("2x+3y=6", "4x+6y=12", True, "an equation"),
+    ("2x+3y=7", "2x+3y=6", False, "an equation"), ("0", "x + y = 0", False, "no equation"),
+    ("5^2", "25", True, "a power"), ("10^{100}", "10^{101}", False, "a power"),
+    ("100000000000000000001", "100000000000000000000", False, "more digits than a float"),
+    ("", "5", False, "nothing"), ("{}", "5", False, "braces"), ("?", "5", False, "a question mark"),
+]
+# and wrong about these, given what is in the box
+MATH_VERIFY_FAILS = [
+    ("€12.50", "12.5", True, "it knows no euros"), ("USD 5", "5", True, "nor currencies in letters"),
+    ("60 miles per hour", "60", True, "units of several words"), ("5 dollars", "5", True, "units it does not list"),
+    ("5 km/h", "5", True, "units with a slash"), ("5 million", "5000000", True, "number words"),
+    ("1 000 000", "1000000", True, "spaces between thousands"), ("1\\,000\\,000", "1000000", True, "thin spaces, too"),
+    ("90°", "90^\\circ", True, "the degree sign"), ("90\\degree", "90", True, "\\degree"), ("5.", "5", True, "a full stop"),
+    ("73,", "73", True, "a comma"), ("73;", "73", True, "a semicolon"), ("**73**", "73", True, "bold"),
+    ("**73.**", "73", True, "bold with a full stop"), ("*73*", "73", True, "italics"), ("`73`", "73", True, "code"),
+    ("\\underline{73}", "73", True, "underlined"), ("\\color{red}{73}", "73", True, "coloured"), ("~73", "73", True, "a tie"),
+    ("Answer: 73", "73", True, "says so again"), ("the answer is 73", "73", True, "says so again"),
+    ("73\\\\", "73", True, "a line break"), ("–5", "-5", True, "a dash for a minus"), ("3 1/2", "7/2", True, "mixed number"),
+    ("(2,∞)", "(2,\\infty)", True, "the sign of infinity"), ("√2", "\\sqrt{2}", True, "the root sign"),
+    ("3pi", "3\\pi", True, "pi"),
+    ("x²", "x^2", True, "a raised 2"), ("x**2", "x^2", True, "Python's power"), ("½", "1/2", True, "the sign for a half"),
+    ("1.5e3", "1500", True, "Python's exponent"), ("2·3", "6", True, "the sign for times"),
+    ("\\emptyset", "\\varnothing", True, "two empty sets"), ("C: 5", "C", True, "a choice with its text"),
+    ("\\textbf{(C) }5", "C", True, "a choice with its text"), ("C.", "C", True, "a choice with a full stop"),
+    ("E", "e", False, "it ignores case: a letter is not Euler's number"), ("11_2", "11_3", False, "it drops the base"),
+    ("40_9", "40", False, "it drops the base"), ("\\{1,2\\}", "(1,2)", False, "a set is no point"),
+    ("-2,1", "(-2,1)", False, "two numbers are no interval"), ("(2,1)", "\\{1,2\\}", False, "a point is no set"),
+    ("5x - 7y + 11z + 4 = 0", "0", False, "it takes the right side of an equation for a value"),
+    ("12ab", "12", False, "variables that it takes for units"), ("2t", "2", False, "another"),
+]
+
+
+@pytest.mark.parametrize("cases", [CASES, MATH_VERIFY_FAILS])
+def test_grader(cases):
+    """Every case in a box, in one call; a wrong one is shown with what was special about it."""
+    verdicts = utils.grade_all([(f"So it is $\\boxed{{{answer}}}$.", gold) for answer, gold, _, _ in cases])
+    assert not [(case, verdict) for case, verdict in zip(cases, verdicts) if verdict[0] is not case[2]]
+
+
+def test_math_verify_alone():
+    """If it learns to read some of these, our own rules for them can go."""
+    from math_verify import parse, verify
+    for answer, gold, right, _ in MATH_VERIFY_FAILS:
+        a, b = (parse(f"\\boxed{{{text}}}") for text in (answer, gold))
+        assert verify(b, a) is not right, (answer, gold)
+
+
+@pytest.mark.parametrize("response, answer", [
+    ("first \\boxed{1}, then \\boxed{2}", "2"), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("\\boxed{\\boxed{5}}", "5"),
+    ("\\boxed{1} and then \\boxed{2", "1"), ("\\fbox{3}", "3"), ("\\boxed {7}", "7"), ("\\boxed 5.", "5"),
+    ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"), ("\\boxed{a\\\\}", "a\\\\"), ("} \\boxed{1} {", "1"), ("\\boxed{}", ""),
+    ("12 \n#### 1,234\nDone.", "1,234"), ("#### 5 \\boxed{6}", "6"), ("The answer is 42. I am sure.", "42"),
+    ("**Final answer:** $\\frac{1}{2}$", "$\\frac{1}{2}$"), ("Answer: 3.5\n", "3.5"), ("# Answer\n\n42", "42"), ("A: 26", "26"),
+    ("the answer is 1. No, the answer is 2.", "2"), ("The answer to the question is $5$.", "$5$"), ("Answer = 7", "7"),
+    ("The final answer is: $11,\\! 111$", "$11,\\! 111$"), ("The answer is:\n\n$$42$$", "42$$"), ("x = 42", None),
+    ("I do not know", None), ("", None), ("\\boxed", None), ("\\boxed{", None), ("\\boxed{42", None)])
+def test_extraction(response, answer):
+    assert utils.extract_answer(response) == answer
+
+
+@pytest.mark.parametrize("response, gold", [
+    ("The answer is:\n\n$$42$$", "42"), ("Final Answer\n\\[ 7 \\]", "7"), ("The answer is **7**", "7"),
+    ("the answer is 1,234.", "1234"),
+    ("so the answer is $18 per day.", "18"), ("**Answer: 18 dollars**", "18"), ("The answer is x = 5", "5"),
+    ("answer: (C).", "C"),
+    ("The answer is $\\frac{1}{2}$ of the cake.", "1/2"), ("#### 16.00", "16"), ("#### Answer: 7", "7")])
+def test_answers_in_sentences(response, gold):
+    assert utils.grade(response, gold)[0] is True
+
+
+GOLD = Path(os.environ.get("BENCHMARK_DIR", "data"))
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "math500", "amc23", "aime24"])
+def test_gold_answers(name, tmp_path):
+    """
+    Each gold answer is right for itself, alone, in a sentence, and after "####" or a phrase; for another problem's it is wrong.
+    Runs where the files are: BENCHMARK_DIR=folder of the original files, or after `python data/math.py`.
+    """
+    if benchmarks.make(name, GOLD, tmp_path) is None:
+        pytest.skip(f"no {name} in {GOLD}")
+    golds = [row["answer"] for row in utils.load_problems(tmp_path / f"{name}.jsonl")]
+    for form in ("\\boxed{%s}", "Therefore we find $\\boxed{%s}$, as required.", "\n#### %s", "The answer is $%s$. Done."):
+        pairs = [(form % gold, gold) for gold in golds]
+        assert [pair for pair, (verdict, _) in zip(pairs, utils.grade_all(pairs)) if verdict is not True] == []
+    for shift in (1, 7):
+        pairs = [(a, b) for a, b in zip(golds, golds[shift:] + golds[:shift])
+                 if a.split("=")[-1] != b.split("=")[-1]]        # x=5 and 5 are the same answer
+        results = utils.grade_all([(f"\\boxed{{{a}}}", b) for a, b in pairs])
+        assert [pair for pair, (verdict, _) in zip(pairs, results) if verdict is not False] == []
+
+
+# ---------------------------------------------------------------------------------------------------------- robustness
+
+def hostile(n, seed=0):
+    """Unclosed braces, towers of exponents, bytes that are no text, in any order."""
+    rng = random.Random(seed)
+    parts = ["\\frac", "{", "}", "\\boxed{", "^", "9", "^9", "\\sqrt", "(", ")", ",", "!", "\\infty", "x", "=", "%", "$",
+             "\\text{", " ", "\udcff", "\x00", "10^{10^{10}}", "####", "a" * 50, "1,", "\\left(", "_", "é", "\\begin{pmatrix}",
+             "&", "\\\\", "/0", "answer is", "\n"]
+    return ["\\boxed{" + "".join(rng.choice(parts) for _ in range(rng.randrange(1, 25))) + rng.choice(["}", ""])
+            for _ in range(n)]
+
+
+HUGE = ["\\boxed{" + "\\frac" * 20000 + "}", "{" * 100000, "\\boxed{" * 20000, "\\boxed" * 20000,
+        "\\boxed{" + "9^" * 300 + "9}",
+        "\\boxed{" + "(" * 5000 + "}", "\\boxed{9^{9^{9^{9}}}}", "\\boxed{" + "1" * 99 + "}", "\\boxed{" + "1" * 9999 + "}",
+        "\\boxed{100000000!}", "#" * 100000, "\n#" * 50000, "\\boxed{1/" + "0" * 90 + "}", "answer is " * 10000,
+        "answer is" + " " * 100000 + "x", "**answer" * 10000, "\\boxed{" + "a " * 4000 + "!}", "\\boxed{" + "1," * 400 + "}",
+        "\\boxed{1" + " " * 900 + "1}", "\\boxed{12 " + "aaa " * 200 + "!}", "\\boxed{" + "\\text{" * 150 + "}" * 150 + "}",
+        "\\boxed{" + "\\frac{1}" * 100 + "}", "\\boxed{" + "{ }" * 300 + "}",
+        b"\\boxed{\xff\xfe 12}".decode("utf-8", "replace"),
+        b"\\boxed{\xff\xfe 12}".decode("utf-8", "surrogateescape")]
+
+
+def check_hostile(n):
+    strings = HUGE + hostile(n)
+    start = time.perf_counter()
+    results = utils.grade_all([(text, "17") for text in strings], seconds=1.0)
+    seconds = time.perf_counter() - start
+    assert len(results) == len(strings) and [text for text, (verdict, _) in zip(strings, results) if verdict is True] == []
+    hung = sum(verdict is None for verdict, _ in results)
+    assert seconds < 30 + 1.5 * hung + 0.02 * n          # no time but the limit's
+    assert utils.grade("\\boxed{x+1}", "1+x")[0] is True         # the workers still work
+
+
+def test_hostile_strings():
+    check_hostile(300)
+
+
+@pytest.mark.slow
+def test_ten_thousand_hostile_strings():
+    check_hostile(10_000)
+
+
+def test_hung_and_crashed_workers(monkeypatch):
+    """A comparison that hangs or dies is "ungraded"; its worker is replaced."""
+    bad = utils._GRADER.replace("    try:\n", """
+    import os, time
+    if 'h' in line: time.sleep(60)
+    if 'k' in line: os._exit(3)
+    try:
+""")
+    assert bad != utils._GRADER
+    monkeypatch.setattr(utils, "_GRADER", bad)
+    monkeypatch.setattr(utils, "_graders", utils.queue.SimpleQueue())
+    results = utils.grade_all([("\\boxed{h+1}", "1+h"), ("\\boxed{k+1}", "1+k"), ("\\boxed{x+1}", "1+x")], seconds=1.0)
+    assert results == [(None, "no verdict in 1 s"), (None, "comparison crashed"), (True, "equal for math-verify")]
+
+
+def test_equal_texts_and_integers_need_no_worker(monkeypatch):
+    monkeypatch.setattr(utils, "_math_verify", None)
+    results = utils.grade_all([(f"\\boxed{{{i}}}", f"{i + i % 2:,}") for i in range(2000)])
+    assert [verdict for verdict, _ in results] == [i % 2 == 0 for i in range(2000)]
+
+
+def test_without_math_verify(monkeypatch):
+    monkeypatch.setattr(utils, "_GRADER", "import no_such_module")
+    monkeypatch.setattr(utils, "_graders", utils.queue.SimpleQueue())
+    with pytest.raises(utils.UserError, match="grading needs math-verify"):
+        utils.grade("\\boxed{x}", "y+1")
