@@ -662,11 +662,14 @@ out, sys.stdout = sys.stdout, sys.stderr
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 logging.disable(logging.WARNING)
 from math_verify import parse, verify
+from sympy import Expr, nan, oo, zoo
+def infinite(parsed):                                    # oo^9 - 17 is zero for sympy now and then, by what it has seen before
+    return any(isinstance(x, Expr) and x.has(oo, -oo, zoo, nan) for x in parsed)
 print("ready", file=out, flush=True)
 for line in sys.stdin:
     try:
         gold, answer = (parse("\\boxed{%s}" % text, parsing_timeout=None) for text in json.loads(line))
-        result = bool(answer and gold) and verify(gold, answer, timeout_seconds=None)
+        result = bool(answer and gold) and infinite(answer) == infinite(gold) and verify(gold, answer, timeout_seconds=None)
     except Exception:
         result = False
     print(json.dumps(bool(result)), file=out, flush=True)
