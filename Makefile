@@ -1,4 +1,5 @@
-# make demo: watch a small student learn (CPU, minutes).   make test: lint and tests.   PYTHON=python3.12 picks another Python.
+# make demo: watch a small student learn (CPU, minutes); rl-demo: GRPO after it.   make test: lint and tests.
+# PYTHON=python3.12 picks another Python.
 PYTHON ?= python3
 MODEL ?= out/opd_4b/last
 BIN = .venv/bin
@@ -6,6 +7,10 @@ BIN = .venv/bin
 demo: .venv/installed
 	$(BIN)/python train_distill.py configs/toy_opd.py --overwrite
 	$(BIN)/python plot.py out/toy_opd
+
+rl-demo: demo
+	$(BIN)/python rl_grpo.py configs/toy_grpo.py --student=out/toy_opd/last --overwrite
+	$(BIN)/python plot.py out/toy_opd out/toy_grpo --y accuracy entropy length reward_mean --out out/toy_grpo/curves.png
 
 test: lint
 	$(BIN)/python -m pytest
@@ -47,4 +52,4 @@ $(BIN)/python:
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
-.PHONY: demo test test-all lint bench results general venv
+.PHONY: demo rl-demo test test-all lint bench results general venv

@@ -6,7 +6,7 @@ Curves and a table from any set of runs.
 
 Each run folder holds metrics.jsonl. accuracy (Avg@k), pass, entropy, length and truncated come from evaluations (the teacher's
 is a dotted line); any other name is a key of the training lines: loss, forward_kl, grad_norm, ... The table shows the base
-student, each run's last evaluation, and the teacher.
+student, each run's last evaluation, and the teacher; a run that begins where an earlier one ended needs no row for that.
 """
 
 import argparse
@@ -75,12 +75,16 @@ def draw(runs, names, out):
 def table(runs):
     """Lines of a table in 80 columns; equal rows (the same base student in several runs) are printed once."""
     rows = {}
+    kinds = {label: "after RL" if any("reward_mean" in row for row in steps) else "distilled student"
+             for label, (steps, _, _) in runs.items()}
     for label, (_, student, _) in runs.items():
         if student:
             first, last = student[0], student[-1]
-            rows.setdefault(("base student", first["avg_at_k"], first["length"]), ("base student", first))
+            name = "before RL" if kinds[label] == "after RL" else "base student"
+            if (first["avg_at_k"], first["length"]) not in [(e["avg_at_k"], e["length"]) for _, e in rows.values()]:
+                rows[name, first["length"]] = (name, first)      # what an earlier run ended with is there already
             if last["step"] > first["step"]:
-                rows[label] = ("distilled student" if len(runs) == 1 else label, last)
+                rows[label] = (kinds[label] if list(kinds.values()).count(kinds[label]) == 1 else label, last)
     for _, _, teacher in runs.values():
         for e in teacher[-1:]:
             rows.setdefault(("teacher", e["avg_at_k"], e["length"]), ("teacher", e))

@@ -30,7 +30,6 @@ Where the paper (arXiv 2605.16826) is silent or contradicts itself, we
 import dataclasses
 import json
 import os
-import shutil
 import zlib
 from pathlib import Path
 from typing import Literal
@@ -116,21 +115,6 @@ def validate(cfg, world):
         need(cfg.prefix == "teacher", "prefix", 'teacher=None is SFT on solutions; set prefix="teacher"')
         need(cfg.reverse_weight == 0, "reverse_weight", "reverse KL to a hard label is infinite; with teacher=None set it to 0")
         need(not cfg.eval_teacher, "eval_teacher", "there is none with teacher=None; set it to False")
-
-
-def check_tokenizers(student, teacher):
-    """
-    Two tokenizers are compatible when they map the same ids to the same bytes; end-of-text id, template and embedding padding
-    may differ, and one may have added tokens that the other lacks. Raises UserError naming the first differing id.
-    """
-    a, b = ({i: token for token, i in t.get_vocab().items()} for t in (student, teacher))
-    for i in sorted(a.keys() & b.keys()):
-        if a[i] != b[i]:
-            raise UserError(f"incompatible tokenizers: id {i} is {a[i]!r} for the student and {b[i]!r} for the teacher; "
-                            f"choose a teacher from the student's family")
-    if (missing := min(len(a), len(b)) - len(a.keys() & b.keys())) > 0:
-        raise UserError(f"incompatible tokenizers: {missing} ids of the smaller one ({len(a)} for the student, {len(b)} for "
-                        f"the teacher) are unknown to the other; choose a teacher from the student's family")
 
 
 def encoded_solutions(path, problems, tokenizer, end):
@@ -239,18 +223,6 @@ COLUMNS = {"step": "step", "loss": "loss", "fwd": "forward_kl", "rev": "reverse_
            "opt": "optimizer_seconds", "TFL": "tflops"}
 
 
-def print_row(row, header):
-    """One training step in 80 columns: every number in four characters."""
-    def short(x):
-        if x is None:
-            return "-"
-        text = f"{x:.3f}" if abs(x) < 10 else f"{x:.0f}"
-        return text.removeprefix("0")[:4] if abs(x) < 1e4 else f"{x / 1000:.0f}k"
-    if header:
-        print(" ".join(f"{name:>4}" for name in COLUMNS))
-    print(f"{row['step']:>4}", *[f"{short(row[key]):>4}" for key in list(COLUMNS.values())[1:]], flush=True)
-
-
 def main(argv):
     cfg, origin = utils.load_config(Config, argv)
     rank, world, device = utils.init_processes()
@@ -278,7 +250,7 @@ def main(argv):
     tokenizer = template = utils.load_tokenizer(cfg.student)
     for path in (cfg.teacher, data and str(data.folder / "tokenizer")):
         if path is not None:                             # its chat template makes the prompts, and goes into the checkpoints
-            check_tokenizers(tokenizer, template := utils.load_tokenizer(path))
+            utils.check_tokenizers(tokenizer, template := utils.load_tokenizer(path), "the student", "the teacher")
             tokenizer.chat_template = template.chat_template
     student = utils.load_model(checkpoint or cfg.student, torch.float32, device)
     teacher = head_p = None
@@ -324,22 +296,8 @@ def main(argv):
     if checkpoint:
         utils.load_optimizer(checkpoint, student, optimizer)
 
-    # from here on files are written
-    if world > 1:
-        dist.barrier()                                   # every rank has checked out_dir
-    metrics_file = os.path.join(cfg.out_dir, "metrics.jsonl")
+    metrics_file = utils.open_run(cfg, origin, state, rank, world)         # from here on files are written
     if chief:
-        if cfg.overwrite and os.path.exists(cfg.out_dir):
-            shutil.rmtree(os.path.realpath(cfg.out_dir))
-        os.makedirs(cfg.out_dir, exist_ok=True)
-        utils.print_config(cfg, origin)
-        for key, old in state.get("config", {}).items():     # of a resumed run
-            if key not in ("resume", "overwrite", "max_steps", "out_dir") and getattr(cfg, key) != old:
-                print(f"warning: {key}={getattr(cfg, key)!r} now, {old!r} when the checkpoint was written")
-        with open(os.path.join(cfg.out_dir, "run_config.json"), "w") as file:
-            json.dump(dataclasses.asdict(cfg), file, indent=1)
-        done = utils.read_lines(metrics_file) if os.path.exists(metrics_file) else []
-        utils.write_lines(metrics_file, [row for row in done if row["step"] <= state["step"]], mode="w")
         print(f"{len(data)} trajectories" if data else f"{len(prompts)} prompts", end="")
         print(f", {world} process(es) on {device.type}, from step {state['step']}")
 
@@ -347,13 +305,7 @@ def main(argv):
         metrics, records = utils.evaluate(
             engine, model, template, eval_problems, eval_prompts, dataclasses.replace(eval_sampling, stop_ids=tuple(stops)),
             cfg.eval_samples, cfg.seed, cfg.max_tokens_per_microbatch, rank, world, dtype)
-        if chief:
-            utils.write_lines(metrics_file, [{"step": step, "model": name, **metrics}])
-            utils.write_lines(os.path.join(cfg.out_dir, f"samples_{name}_{step:06d}.jsonl"), records, mode="w")
-            avg, passed = ("-" if metrics[key] is None else f"{metrics[key]:.3f}" for key in ("avg_at_k", "pass_at_k"))
-            print(f"eval {step:>4} {name:<8} Avg@{cfg.eval_samples} {avg}  Pass@{cfg.eval_samples} {passed}  "
-                  f"length {metrics['length']:.0f}  entropy {metrics['entropy']:.3f}  cut {metrics['truncated']:.0%}",
-                  flush=True)
+        utils.log_evaluation(cfg.out_dir, step, name, metrics, records, chief)
         return metrics
 
     start_step = state["step"]
@@ -459,7 +411,7 @@ def main(argv):
                    "tflops_teacher_writing": writer_flops / 1e12 if cfg.prefix == "teacher" else 0.0,
                    "tflops_teacher_head": 2 * head_p.numel() * all_tokens / 1e12 if cfg.teacher and not teacher else 0.0}
             utils.write_lines(metrics_file, [row])
-            print_row(row, header=step % 20 == 0 or step == start_step)
+            utils.print_row(COLUMNS, row, header=step % 20 == 0 or step == start_step)
 
     if chief:
         print(f"done: {cfg.out_dir}/last; `python plot.py {cfg.out_dir}` draws the curves and prints a table")

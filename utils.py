@@ -258,6 +258,21 @@ def load_tokenizer(path):
         raise UserError(f"{path}: cannot read a tokenizer there: {_first_line(error)}") from error
 
 
+def check_tokenizers(a, b, whose, others):
+    """
+    Two tokenizers are compatible when they map the same ids to the same bytes; end-of-text id, template and embedding padding
+    may differ, and one may have added tokens that the other lacks. Raises UserError naming the first differing id.
+    """
+    a, b = ({i: token for token, i in t.get_vocab().items()} for t in (a, b))
+    for i in sorted(a.keys() & b.keys()):
+        if a[i] != b[i]:
+            raise UserError(f"incompatible tokenizers: id {i} is {a[i]!r} for {whose} and {b[i]!r} for {others}; choose two "
+                            f"models of one family")
+    if (missing := min(len(a), len(b)) - len(a.keys() & b.keys())) > 0:
+        raise UserError(f"incompatible tokenizers: {missing} ids of the smaller one ({len(a)} for {whose}, {len(b)} for "
+                        f"{others}) are unknown to the other; choose two models of one family")
+
+
 def load_model(path, dtype, device="cpu"):
     """A causal LM in eval mode (no dropout), in `dtype`. Raises UserError when it is missing or its head is not linear."""
     _check_model_path(path)
@@ -820,6 +835,52 @@ def read_lines(path):
     """JSON lines; a last line cut short by a crash is dropped."""
     lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def open_run(cfg, origin, state, rank, world):
+    """
+    Make out_dir, with run_config.json and a metrics.jsonl without what came after the checkpoint; print the config, and what
+    differs from a resumed run's. Returns the path of metrics.jsonl. Every rank calls it; the first one writes.
+    """
+    if world > 1:
+        dist.barrier()                                   # every rank has checked out_dir
+    metrics_file = os.path.join(cfg.out_dir, "metrics.jsonl")
+    if rank == 0:
+        if cfg.overwrite and os.path.exists(cfg.out_dir):
+            shutil.rmtree(os.path.realpath(cfg.out_dir))
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        print_config(cfg, origin)
+        for key, old in state.get("config", {}).items():     # of a resumed run
+            if key not in ("resume", "overwrite", "max_steps", "out_dir") and getattr(cfg, key) != old:
+                print(f"warning: {key}={getattr(cfg, key)!r} now, {old!r} when the checkpoint was written")
+        with open(os.path.join(cfg.out_dir, "run_config.json"), "w") as file:
+            json.dump(dataclasses.asdict(cfg), file, indent=1)
+        done = read_lines(metrics_file) if os.path.exists(metrics_file) else []
+        write_lines(metrics_file, [row for row in done if row["step"] <= state["step"]], mode="w")
+    return metrics_file
+
+
+def log_evaluation(out_dir, step, name, metrics, records, chief):
+    """What `evaluate` returned, to metrics.jsonl, samples_NAME_STEP.jsonl and the terminal."""
+    if chief:
+        write_lines(os.path.join(out_dir, "metrics.jsonl"), [{"step": step, "model": name, **metrics}])
+        write_lines(os.path.join(out_dir, f"samples_{name}_{step:06d}.jsonl"), records, mode="w")
+        k, (avg, passed) = metrics["k"], ("-" if metrics[key] is None else f"{metrics[key]:.3f}" for key in
+                                          ("avg_at_k", "pass_at_k"))
+        print(f"eval {step:>4} {name:<8} Avg@{k} {avg}  Pass@{k} {passed}  length {metrics['length']:.0f}  "
+              f"entropy {metrics['entropy']:.3f}  cut {metrics['truncated']:.0%}", flush=True)
+
+
+def print_row(columns, row, header):
+    """One training step in 80 columns: every number in four characters. columns: {heading: key of row}, the step first."""
+    def short(x):
+        if x is None:
+            return "-"
+        text = f"{x:.3f}" if abs(x) < 10 else f"{x:.0f}"
+        return text.removeprefix("0")[:4] if abs(x) < 1e4 else f"{x / 1000:.0f}k"
+    if header:
+        print(" ".join(f"{name:>4}" for name in columns))
+    print(f"{row['step']:>4}", *[f"{short(row[key]):>4}" for key in list(columns.values())[1:]], flush=True)
 
 
 class Timer:
