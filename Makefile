@@ -23,7 +23,7 @@ lint: .venv/installed-dev
 
 # base student, distilled student and teacher of the toy world, as a table for the README
 results: .venv/installed
-	for run in base:data/toy/student distilled:out/toy_opd/last teacher:data/toy/teacher; do $(BIN)/python eval_math.py \
+	set -e; for run in base:data/toy/student distilled:out/toy_opd/last teacher:data/toy/teacher; do $(BIN)/python eval_math.py \
 		configs/toy_eval.py --model=$${run#*:} --out_dir=out/eval_$${run%%:*} --overwrite --extra_stop_ids="(257, 260)"; done
 	$(BIN)/python eval_math.py --table out/eval_base out/eval_distilled out/eval_teacher
 

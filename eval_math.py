@@ -15,11 +15,12 @@ n responses to each problem; with c of them right:
     repetition       1 - distinct 8-grams / 8-grams of tokens, mean over responses
     ungraded         comparisons that hung or crashed: left out of Avg and Pass, never counted as wrong
 Written to out_dir: samples.jsonl (every response, its extracted answer, verdict and reason), results.json (numbers, settings,
-versions, seeds, time) and results.png. A run that was killed goes on with the same command.
+versions, seeds, time) and results.png. A run that was killed goes on with the same command, without --overwrite.
 """
 
 import contextlib
 import dataclasses
+import datetime
 import importlib.metadata
 import json
 import os
@@ -137,11 +138,9 @@ def interval(values, resamples, seed):
 
 
 def numbers(records, resamples, seed):
-    """utils.summarise, an interval for Avg@k, and Pass@k' for every k' <= k."""
+    """utils.summarise, and an interval for Avg@k."""
     row, graded = utils.summarise(records), counts(records).values()
-    row["avg_interval"] = interval([c / n for n, c in graded], resamples, seed) if graded else None
-    row["pass_at"] = {k: sum(utils.pass_at_k(n, c, k) for n, c in graded) / len(graded) for k in range(1, row["k"] + 1)}
-    return row
+    return row | {"avg_interval": interval([c / n for n, c in graded], resamples, seed) if graded else None}
 
 
 def print_table(results):
@@ -168,10 +167,12 @@ def print_markdown(folders):
     for folder in folders:
         report = read_report(folder)
         for name, row in report["results"].items():
-            low, high = row["avg_interval"]
-            print(f"| `{Path(folder).name}` on {name} | {row['problems']} | {row['k']} | {row['avg_at_k']:.3f} "
-                  f"({low:.3f} - {high:.3f}) | {row['pass_at_k']:.3f} | {row['length']:.1f} | {row['entropy']:.3f} | "
-                  f"{row['truncated']:.1%} |")
+            avg = "-"
+            if row["avg_at_k"] is not None:
+                avg = "{:.3f} ({:.3f} - {:.3f})".format(row["avg_at_k"], *row["avg_interval"])
+            passed = "-" if row["pass_at_k"] is None else f"{row['pass_at_k']:.3f}"
+            print(f"| `{Path(folder).name}` on {name} | {row['problems']} | {row['k']} | {avg} | {passed} | "
+                  f"{row['length']:.1f} | {row['entropy']:.3f} | {row['truncated']:.1%} |")
         s = report["settings"]
         note = (f"T = {s['temperature']}, top-p {s['top_p']}, top-k {s['top_k']}, at most {s['max_new_tokens']} tokens, seed "
                 f"{s['seed']}, {s['dtype']} on {report['device']}, torch {report['versions']['torch']}")
@@ -182,15 +183,18 @@ def print_markdown(folders):
 
 def compare(first, second):
     """Print paired differences second - first over the problems both have, with bootstrap intervals."""
-    sides = []
+    sides, settings = [], [read_report(folder)["settings"] for folder in (first, second)]
     for folder in (first, second):
-        read_report(folder)
         sides.append({})
-        for _, _, record in whole_lines(Path(folder) / "samples.jsonl"):
-            sides[-1].setdefault(record["benchmark"], []).append({key: record[key] for key in ("index", "correct", "length")})
-    shared = [name for name in sides[0] if name in sides[1]]
+        for _, _, record in whole_lines(Path(folder) / "samples.jsonl"):      # paired by the problem's text
+            sides[-1].setdefault(record["benchmark"], []).append(
+                {"index": record["problem"], "correct": record["correct"], "length": record["length"]})
+    for key in settings[0]:
+        if key not in ("revision", "problems", "benchmarks") and settings[0][key] != settings[1].get(key):
+            print(f"warning: {key} is {settings[0][key]!r} there and {settings[1].get(key)!r} here")
+    shared = [name for name in sides[0] if {r["index"] for r in sides[0][name]} & {r["index"] for r in sides[1].get(name, [])}]
     if not shared:
-        raise UserError(f"{first} and {second} have no benchmark in common: {', '.join(sides[0])} and {', '.join(sides[1])}")
+        raise UserError(f"{first} and {second} have no problem in common: {', '.join(sides[0])} and {', '.join(sides[1])}")
     print(f"{second} - {first}\n{'':<11}{'problems':>9}{'Avg':>8} {'95 % interval':<18}{'length':>8} {'95 % interval':<16}")
     for name in shared:
         shares, lengths = [], []
@@ -245,7 +249,7 @@ def main(argv):
         return print_markdown(argv[1:])
     cfg, origin = utils.load_config(Config, argv)
     validate(cfg)
-    rank, world, device = utils.init_processes()
+    rank, world, device = utils.init_processes(datetime.timedelta(days=7))       # ranks meet at the end only
     chief, out_dir = rank == 0, Path(cfg.out_dir)
     benchmarks = load_benchmarks(cfg)
 
@@ -277,6 +281,8 @@ def main(argv):
         dist.barrier()                                   # every rank has looked
     if chief:
         out_dir.mkdir(parents=True, exist_ok=True)
+        for path in out_dir.glob("results.*") if cfg.overwrite else ():
+            path.unlink()
         for path in out_dir.glob("samples*.jsonl"):
             if cfg.overwrite:
                 path.unlink()
@@ -312,27 +318,34 @@ def main(argv):
 
     # 4. one file in order, the numbers, the table
     lines = {}                                           # (benchmark, index, sample): where the line is, and its numbers
-    for path in out_dir.glob("samples*.jsonl"):
+    paths = list(out_dir.glob("samples*.jsonl"))
+    for path in paths:
         for offset, length, record in whole_lines(path):
             key = list(benchmarks).index(record["benchmark"]), record["index"], record["sample"]
             lines[key] = path, offset, length, {name: record[name] for name in NUMBERS}
     lines = dict(sorted(lines.items()))
+    wanted = sum(len(prompts[name]) * samples for name, (_, samples) in benchmarks.items())
+    if len(lines) < wanted:
+        raise LocalError(f"{wanted - len(lines)} of {wanted} responses are not in {out_dir}: do all machines write there? "
+                         f"The same command samples what is missing")
     temporary = out_dir / "samples.tmp"
     with contextlib.ExitStack() as stack, open(temporary, "wb") as merged:
-        sources = {path: stack.enter_context(open(path, "rb")) for path in out_dir.glob("samples*.jsonl")}
+        sources = {path: stack.enter_context(open(path, "rb")) for path in paths}
         for path, offset, length, _ in lines.values():
             sources[path].seek(offset)
             merged.write(sources[path].read(length))
     os.replace(temporary, out_dir / "samples.jsonl")
-    for path in out_dir.glob("samples_*.jsonl"):
-        path.unlink()
+    for path in paths:
+        if path.name != "samples.jsonl":
+            path.unlink()
     results = {name: numbers([line[-1] for key, line in lines.items() if key[0] == b], cfg.bootstrap, cfg.seed)
                | {"skipped": len(problems) - len(prompts[name])} for b, (name, (problems, _)) in enumerate(benchmarks.items())}
     versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "math-verify", "numpy")}
     report = {"results": results, "model": cfg.model, "settings": settings,
               "versions": {"python": platform.python_version(), **versions}, "device": device.type, "processes": world,
               "seconds": round(time.time() - start, 1), "responses_in_these_seconds": len(lines) - len(done)}
-    if len(lines) > len(done) or not (out_dir / "results.json").is_file():
+    known = out_dir / "results.json"
+    if len(lines) > len(done) or not known.is_file() or read_report(out_dir)["results"] != json.loads(json.dumps(results)):
         write_json(out_dir / "results.json", report)
         draw(results, out_dir / "results.png")
     print_table(results)

@@ -140,15 +140,15 @@ def print_config(cfg, origin):
 
 # ------------------------------------------------------------------------------------------------- processes and seeds
 
-def init_processes():
-    """(rank, world size, device), under torchrun or alone; NCCL on GPUs, gloo on CPUs."""
+def init_processes(patience=None):
+    """(rank, world size, device), under torchrun or alone; NCCL on GPUs, gloo on CPUs. patience: timedelta, or the default."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return rank, world, device
 
 
@@ -333,7 +333,7 @@ def model_revision(path):
     if not Path(path).is_dir():
         return Path(cached_file(path, "config.json")).parent.name
     parts = {}
-    for file in sorted(Path(path).glob("*.safetensors")):
+    for file in sorted([*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]):
         if file.name != "optimizer.safetensors":
             with open(file, "rb") as f:
                 head, size = f.read(1 << 16), f.seek(0, os.SEEK_END)
@@ -548,7 +548,8 @@ def grade_all(pairs, seconds=5.0):
         if results[i] is None:
             undecided.setdefault((normalise_answer(answer), normalise_answer(gold)), []).append(i)
     if undecided:
-        workers = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         with ThreadPoolExecutor(min(len(undecided), workers)) as threads:
             for rows, result in zip(undecided.values(), threads.map(lambda pair: _math_verify(*pair, seconds), undecided)):
                 for i in rows:
@@ -558,57 +559,74 @@ def grade_all(pairs, seconds=5.0):
 
 _BOX = re.compile(r"\\(?:boxed|fbox)")
 _BRACES = re.compile(_BOX.pattern + r"(?:\s*\{|\s+([-+]?[\d.,/]*\d|[A-Z]\b))|\\.|[{}]", re.DOTALL)     # \{ is no brace
-_PHRASE = re.compile(r"(?im)\banswer\b[^.:=\n]{0,60}?(?:\bis\b|[:=])|^#+ *(?:final )?answer\b|^\**(?:final )?answer\**$|^A:")
+_BETWEEN = re.compile(r"\$?\s*(?:,|,?\s*(?:and|or)\b)\s*\$?(?:[A-Za-z]\s*=\s*)?")     # boxes that are one answer
+_PHRASE = re.compile(r"(?im)(?<!to )\banswer\b(?: (?:to|for|of)\b[^.:=\n]{0,60}?| [a-z]{1,12})?\**\s*(?:\bis\b|[:=])"
+                     r"|^#+ *(?:final )?answer\b|^\**(?:final )?answer\**$")
 
 
 def extract_answer(response):
     """
-    Text in the last whole \\boxed{} or \\fbox{}, nested braces included; else the line after the last "####"; else, to the end
-    of its sentence, what follows the last "answer is", "Answer:", "# Answer" or "A:"; else None.
+    Text in the last whole \\boxed{} or \\fbox{}, nested braces included ("\\boxed{3} and \\boxed{5}" is one answer); else the
+    line after the last "####" that is no heading; else, to the end of its sentence, what follows the last "answer is",
+    "Answer:", "# Answer" or "A:"; else None.
     """
-    best, opened = None, []                              # (start, content) of a box; for each open brace None, or a box's start
+    boxes, opened = [], []                               # (start, end, content); for each open brace None, or a box's start
     first = _BOX.search(response)
     for token in _BRACES.finditer(response, first.start()) if first else ():
         if token[0] == "}":
-            if opened and (start := opened.pop()) is not None and (best is None or start > best[0]):
-                best = start, response[start:token.start()]
+            if opened and (box := opened.pop()) is not None:
+                boxes.append((box.start(), token.end(), response[box.end():token.start()]))
         elif token[0][-1] == "{" and token[0] != "\\{":
-            opened.append(None if token[0] == "{" else token.end())
+            opened.append(None if token[0] == "{" else token)
         elif token[1]:                                   # \boxed 5
-            best = token.start(), token[1]
-    if best:
-        return best[1]
-    if "####" in response and (tail := response.rpartition("####")[2].strip()):
-        return tail.splitlines()[0]
-    if found := list(_PHRASE.finditer(response)):
-        tail = response[found[-1].end():][:500].lstrip(" \n\t:*")
+            boxes.append((token.start(), token.end(), token[1]))
+    if boxes:
+        boxes.sort()
+        start, _, answer = boxes.pop()
+        while boxes and _BETWEEN.fullmatch(response[boxes[-1][1]:start]):
+            start, _, before = boxes.pop()
+            answer = f"{before}, {answer}"
+        return answer
+    for tail in reversed(re.findall(r"(?<!#)####(?!#)[^\S\n]*([^\n]+)", response)):
+        if not re.match(r"[^\w\\]*[A-Za-z]{3}", tail):    # "#### Step 2: add" is a heading
+            return tail
+    found = [*_PHRASE.finditer(response), *([] if re.search("(?m)^B:", response) else re.finditer("(?m)^A:", response))]
+    if found:
+        tail = response[max(match.end() for match in found):][:500].lstrip(" \n\t:*")
         tail = tail.removeprefix("$$").removeprefix("\\[").lstrip()
-        return re.split(r"(?<!\\)[.!?]\s|\n|[.!?]?$", tail, maxsplit=1)[0] or None
+        sentence = re.split(r"(?<!\\)[.!?]\s|\n|[.!?]?$", tail, maxsplit=1)[0]
+        if len(re.findall("[A-Za-z]{3,}", re.split(r"[\d\\]", sentence, maxsplit=1)[0])) >= 2:
+            sentence = (re.findall(r"[-+]?\d[\d,./]*%?", sentence) or [sentence])[-1]       # "Janet makes $18 a day"
+        return sentence or None
     return None
 
 
 _SYMBOLS = str.maketrans({
     "−": "-", "–": "-", "×": "\\times ", "·": "\\cdot ", "÷": "/", "°": "^\\circ ", "∞": "\\infty ", "π": "\\pi ",
     "√": "\\sqrt ", "²": "^2", "³": "^3", "½": "\\frac{1}{2}", "≤": "\\le ", "≥": "\\ge ", "∪": "\\cup ", "∅": "\\emptyset ",
-    "\xa0": " ", "~": " ", "£": "", "€": ""})
-_NUMBER = r"[-+]?(?:\d[\d.,]*|\.\d+|\\[dt]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d))"
+    "\xa0": " ", "~": " ", "£": "", "€": "", "¥": "", "₹": "", "¢": ""})
+_NUMBER = r"[-+]?(?:\d[\d.,]*|\.\d+)?(?:(?<=[\d.])|\\[dt]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d))"
 _COUNT = r"(?:hundred|thousand|million|billion|trillion|dozen)"
+# words after a number that are no unit: "3 halves", "3 squared", "3 less than x"
+_NO_UNIT = (rf"(?:{_COUNT}s?|half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten)ths?|squared|cubed|factorial|"
+            r"plus|minus|times|less than|more than|over|choose|sin|cos|tan|log|ln|sqrt|and|or|mod|if|where|for)\b")
 _RULES = [(re.compile(pattern), new) for pattern, new in (           # in this order
-    (r"\\?\$|USD\b|(?<!\\)\\(?:[][()!]|(?:left|right|displaystyle)(?![A-Za-z]))", ""),
+    (r"\\?\$|USD\b|(?<!\\)\\(?:[][()!]|(?:left|right|[bB]ig+[lr]?|displaystyle)(?![A-Za-z]))", ""),
     (r"(?<!\\)\\(?:[,;:> ]|q?quad\b)|\{ \}", " "), (r"\{,\}", ","), (r"\\varnothing", r"\\emptyset"),
-    (r"\\(?:underline|boxed|fbox|mathbf|textbf|bm)\s*\{([^{}]*)\}", r" \1 "),
-    (r"\\color\s*(?:\{\w+\}|\w+)", ""),
+    (r"(?<![\w)])\*\*(.+?)\*\*", r"\1"), (r"(?<=[\w)])\*\*(?=[\w({-])", "^"), (r"\*\*", ""),        # bold; Python's power
+    (r"\\(?:underline|boxed|fbox|mathbf|textbf|textit|boldsymbol|mathsf|bm|[lL]arge)\s*\{([^{}]*)\}", r" \1 "),
+    (r"\\color\s*(?:\{\w+\}|\w+)", ""), (r"^\s*\\text\w*\s*\{([^{}]*\d[^{}]*)\}\s*$", r"\1"),
     (r"^[\s*_`\"':]+|[\s*_`\"'.,;:\\]+$", ""),
     (r"(?i)^(?:\\text\{)?(?:the )?(?:final )?answer(?: is|:)+\s*\}?", ""),
-    (r"\s*per ?cent\b", r"\\%"),
-    (r"\s*(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree)\s*$", ""),
-    # "60 miles per hour", "15\text{ cm}^2", "5 km/h"; the word "pi" or a variable is no unit, and "3 dozen" is not 3
-    (rf"^({_NUMBER})\s*\\(?:text|mathrm|mbox)\s*\{{\s*(?!{_COUNT})[A-Za-z][^{{}}]*\}}(?:\s*\^\s*\{{?\d\}}?)?$", r"\1"),
-    (rf"^({_NUMBER})\s+(?!{_COUNT}|and\b|mod\b)(?:(?:[A-Za-z]{{3,}}|of|in)\b[\sA-Za-z./-]*|(?:[kcm]?[mg]|ft|mi)/\w+)"
-     r"(?:\^\s*\{?\d\}?)?$", r"\1"),
-    (r"^([-+]?\d+)\s+(\d+)/(\d+)$", r"\1\\frac{\2}{\3}"),                               # 3 1/2
-    (r"^([-+]?[\d.]+)[eE]([-+]?\d{1,3})$", r"\1\\times 10^{\2}"),
-    (r"\*\*", "^"), (r"(?<=\d)pi\b", r"\\pi"), (r"\s+", " "))]
+    (r"\s*per ?cent\b", r"\\%"), (r"_\{?10\}?$", ""),
+    (r"\s*(?:\^\s*(?:\{\s*(?:\\circ|\\text\{o\})\s*\}|\\circ)|\\degree)\s*$", ""),
+    (r"^([-+]?\d+)\s+(\d+)/(\d+)\b", r"\1\\frac{\2}{\3}"),                              # 3 1/2
+    # "60 miles per hour", "15\text{ cm}^2", "5 km/h"
+    (rf"^({_NUMBER})\s*\\(?:text|mathrm|mbox)\s*\{{\s*(?!{_NO_UNIT})[A-Za-z][^{{}}\d]*\}}"
+     r"(?:\s*\^\s*\{?\d\}?)?$", r"\1"),
+    (rf"^({_NUMBER})\s+(?!{_NO_UNIT})(?:(?:[A-Za-z]{{3,}}|of|in|ft|[ckm]m|[km]g|yd|oz|lb)\b[\sA-Za-z./-]*|"
+     r"(?:[kcm]?[mg]|ft|mi)/\w+)(?:\^\s*\{?\d\}?)?$", r"\1"),
+    (r"^([-+]?[\d.]+)[eE]([-+]?\d{1,3})$", r"\1\\times 10^{\2}"), (r"(?<=\d)pi\b", r"\\pi"), (r"\s+", " "))]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -620,7 +638,8 @@ def normalise_answer(text):
     text = text.strip()
     if re.fullmatch(r"[-+]?\d{1,3}(?:[, ]\d{3})+(?:\.\d+)?", text):
         text = re.sub("[, ]", "", text)
-    if named := re.fullmatch(rf"({_NUMBER})\s*(?:\\text\s*)?({_COUNT})s?(?: [a-z ]*)?", text):
+    more = rf"(?: (?!.*{_COUNT}|.*\b(?:one|two|three|four|five|six|seven|eight|nine|ten)\b)[a-z ]*)?"
+    if named := re.fullmatch(rf"({_NUMBER})\s*(?:\\text\s*\{{\s*)?({_COUNT})s?{more}\s*\}}?", text):
         zeros = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}.get(named[2])
         text = f"{named[1]} \\times " + (f"10^{{{zeros}}}" if zeros else "12")
     return text
@@ -633,21 +652,25 @@ def _compare(answer, gold):
     a, b = normalise_answer(answer), normalise_answer(gold)
     if not a:
         return False, "no answer"
-    plain, wanted = (re.sub(r"\\(?:text|mathrm|mbox)\s*\{\s*([^{}]*?)\s*\}|\s", r"\1", text) for text in (a, b))
-    if plain == wanted:
+    plain, wanted = (re.sub(r"\s", "", re.sub(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}", r"\1", text)) for text in (a, b))
+    if plain == wanted or "%" in plain + wanted and plain.rstrip("\\%") == wanted.rstrip("\\%"):
         return True, "same text"
     if _INTEGER.fullmatch(a) and _INTEGER.fullmatch(b):
         return (True, "same integer") if int(a) == int(b) else (False, "different integer")
     if len(a) > 1000:
         return False, "too long for an answer"
     if re.fullmatch(r"[A-Z]|\([A-Z]\)", wanted):        # a choice: "(C)", "C: 5", "c"
-        choice = re.match(r"\(?([A-Za-z])\)?(?![\w^])", re.sub(r"\\text\w*\s*\{|^\s+", "", a))
+        choice = re.fullmatch(r"\(?([A-Za-z])(?:\)|[.:]|$)(?!.*(?:\b[A-Z]\b|\band\b|\bor\b)).*",
+                              re.sub(r"\\text\w*\s*\{|^\s+", "", a))
         return (True, "same choice") if choice and choice[1].upper() == wanted.strip("()") else (False, "different choice")
     if re.fullmatch("[a-z][A-Z]", wanted + plain):       # e and E; math-verify ignores case
         return False, "different letter"
     bases = [re.fullmatch(r"[\dA-F]+_\{?(\d+)\}?", text) for text in (a, b)]
-    if any(re.fullmatch(r"\S*\d(?:t|ab)", x) and re.fullmatch(_NUMBER, y) for x, y in ((a, b), (b, a))):
-        return False, "a variable is no unit"            # math-verify takes these two for tonnes and at-bats
+    # math-verify drops what it takes for units: tonnes, at-bats, "halves", the minutes after the hours
+    if re.fullmatch(_NUMBER, b) and "," not in b and re.search(
+            rf"\d(?:t|ab)$|\d\s*(?:\\text\{{\s*)?{_NO_UNIT}|^(?:[<>]|\\[lg]eq?\b)|"
+            r"\d\s*\\text\{[^{}]*[A-Za-z][^{}]*\}[^\d^]*\d", a):
+        return False, "more than a number"
     if bases[0] and (not bases[1] or bases[0][1] != bases[1][1]):
         return False, "different base"                   # math-verify drops what is written below
     # "= 0" and the like: math-verify takes the right side of any equation for its value
@@ -672,7 +695,7 @@ _INTEGER = re.compile(r"[-+]?\d{1,100}")                 # int() refuses thousan
 
 # One comparison a line, in a process of its own: math-verify limits its time by signals, and sympy can hang or eat the memory.
 _GRADER = r"""
-import json, logging, resource, sys
+import json, logging, os, resource, signal, sys
 out, sys.stdout = sys.stdout, sys.stderr
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 logging.disable(logging.WARNING)
@@ -682,9 +705,12 @@ def infinite(parsed):                                    # oo^9 - 17 is zero for
     return any(isinstance(x, Expr) and x.has(oo, -oo, zoo, nan) for x in parsed)
 print("ready", file=out, flush=True)
 for line in sys.stdin:
+    signal.alarm(60)                                     # hanging on after its parent is dead
     try:
         gold, answer = (parse("\\boxed{%s}" % text, parsing_timeout=None) for text in json.loads(line))
         result = bool(answer and gold) and infinite(answer) == infinite(gold) and verify(gold, answer, timeout_seconds=None)
+    except MemoryError:
+        os._exit(3)
     except Exception:
         result = False
     print(json.dumps(bool(result)), file=out, flush=True)
@@ -771,17 +797,19 @@ def summarise(records):
     """
     The numbers of one set of problems, from `respond`'s records.
 
-    avg_at_k, pass_at_k: over problems with graded responses, k = the fewest that any of them has (None without answers);
-    ungraded responses, compared without a verdict, count nowhere else. length and median_length in tokens; entropy = mean over
-    tokens (nats), also before and after the first \\boxed; truncated = share of responses without a stop id; stop_reasons =
-    shares; tokens_after_box over responses with a box; repetition = mean over responses.
+    k = responses to a problem. avg_at_k: over problems with graded responses, pass_at: {k': Pass@k'} over those with at least
+    k' graded responses, pass_at_k the last of these (None without any); ungraded responses count nowhere else. length and
+    median_length in tokens; entropy = mean over tokens (nats), also before and after the first \\boxed; truncated = share of
+    responses without a stop id; stop_reasons = shares; tokens_after_box over responses with a box; repetition = mean over
+    responses.
     """
-    graded = {}                                          # index: (graded responses, right ones)
+    counts = {}                                          # index: (responses, graded ones, right ones)
     for r in records:
-        if r["correct"] is not None:
-            n, c = graded.get(r["index"], (0, 0))
-            graded[r["index"]] = n + 1, c + r["correct"]
-    k = min((n for n, _ in graded.values()), default=0)
+        n, g, c = counts.get(r["index"], (0, 0, 0))
+        counts[r["index"]] = n + 1, g + (r["correct"] is not None), c + (r["correct"] is True)
+    shares, k = [c / g for _, g, c in counts.values() if g], max(n for n, _, _ in counts.values())
+    whole = {i: [(g, c) for _, g, c in counts.values() if g >= i] for i in range(1, k + 1)}
+    pass_at = {i: sum(pass_at_k(g, c, i) for g, c in rows) / len(rows) if rows else None for i, rows in whole.items()}
     boxed = [r for r in records if r["tokens_after_box"] is not None]
     tokens, after = sum(r["length"] for r in records), sum(r["tokens_after_box"] for r in boxed)
     before = sum(r["length"] for r in boxed) - after
@@ -789,9 +817,8 @@ def summarise(records):
     entropy_before = sum(r["entropy_sum"] for r in boxed) - entropy_after
     stops = [r["stop"] for r in records]
     return {
-        "avg_at_k": sum(c / n for n, c in graded.values()) / len(graded) if graded else None,
-        "pass_at_k": sum(pass_at_k(n, c, k) for n, c in graded.values()) / len(graded) if graded else None,
-        "k": k, "problems": len({r["index"] for r in records}), "responses": len(records),
+        "avg_at_k": sum(shares) / len(shares) if shares else None, "pass_at_k": pass_at[k], "pass_at": pass_at,
+        "k": k, "problems": len(counts), "responses": len(records),
         "ungraded": sum(r["correct"] is None and r["reason"] != "no reference answer" for r in records),
         "length": tokens / len(records), "median_length": statistics.median(r["length"] for r in records),
         "truncated": stops.count("length") / len(stops),

@@ -78,8 +78,9 @@ def test_summary_by_hand():
     row = utils.summarise([
         record(0, 0, True, length=10, tokens_after_box=4, entropy_sum=7.0, entropy_after_box_sum=1.0),
         record(0, 1, None, "no verdict in 5 s", length=20, stop="length"), record(1, 0, False), record(1, 1, True)])
-    assert row["avg_at_k"] == (1 + 0.5) / 2 and row["ungraded"] == 1 and row["k"] == 1      # problem 0 has one graded response
-    assert row["pass_at_k"] == (1 + 0.5) / 2 and row["length"] == 12.5 and row["median_length"] == 10
+    assert row["avg_at_k"] == (1 + 0.5) / 2 and row["ungraded"] == 1 and row["k"] == 2
+    assert row["pass_at"] == {1: (1 + 0.5) / 2, 2: 1.0} and row["pass_at_k"] == 1           # at k = 2 problem 1 alone counts
+    assert row["length"] == 12.5 and row["median_length"] == 10
     assert row["entropy"] == 22 / 50 and row["entropy_before_box"] == 1.0 and row["entropy_after_box"] == 0.25
     assert row["truncated"] == 0.25 and row["stop_reasons"] == {"length": 0.25, "x": 0.75} and row["tokens_after_box"] == 4
     none = utils.summarise([record(0, 0, None, "no reference answer")])
@@ -229,7 +230,7 @@ def test_benchmark_files(tmp_path):
         benchmarks.make("amc23", source, out)
     utils.write_lines(source / "deepscaler.jsonl", [{"problem": "p", "answer": ""}, {"problem": "p", "answer": "x"}])
     assert benchmarks.make("deepscaler", source, out) == 1       # one without an answer is of no use
-    math_row = {"problem": "p", "level": "Level 1", "solution": "so \\boxed{\\frac{1}{2}} and \\boxed{x^{2}}."}
+    math_row = {"problem": "p", "level": "Level 1", "solution": "so \\boxed{\\frac{1}{2}} . Then \\boxed{x^{2}}."}
     assert benchmarks.convert("math", math_row, "here")["answer"] == "x^{2}"
     with pytest.raises(benchmarks.DataError, match="here: no problem or no answer"):
         benchmarks.convert("math", {"problem": "p", "solution": "none"}, "here")

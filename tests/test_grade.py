@@ -131,6 +131,53 @@ def test_answers_in_sentences(response, gold):
     assert utils.grade(response, gold)[0] is True
 
 
+# what a reader of the grader tried to fool it with: whole responses, and answers in a box
+RESPONSES = [
+    ("#### Step 2: Total\n9*2 = 18\n\nThe answer is 18.", "18", True),
+    ("#### Step 2: Total\n9*2 = 18\n\n**Final Answer: $18**", "18", True), ("#### Final Answer\n18", "18", True),
+    ("#### Final Answer: **18**", "18", True), ("The answer is **18** eggs.", "18", True),
+    ("**Answer:** **$18** per day", "18", True), ("So the answer is: **Janet makes $18 every day**.", "18", True),
+    ("### Final Answer\n\nJanet makes **$18** every day.", "18", True),
+    ("To answer this, note that each egg is $2. She sells 9. She makes $18.", "2", False),
+    ("A: 20 eggs\nB: 30 eggs\nTotal: 50 eggs", "20", False), ("x\nA: 20", "20", True), ("#### \\frac{1}{2}", "0.5", True),
+    ("#### 18 dollars", "18", True), ("#### $1,800", "1800", True), ("### 18\n#### -3", "-3", True),
+    ("The answer is Tuesday.", "Tuesday", True), ("The two values are \\boxed{3} and \\boxed{5}.", "3,5", True),
+    ("$x=\\boxed{3}$ or $x=\\boxed{5}$", "3,5", True), ("$x=\\boxed{3}$ or $x=\\boxed{5}$", "5", False),
+    ("the correct answer is (B).", "B", True), ("The answer would be 7.", "7", False), ("answer therefore is 7", "7", True),
+    ("My final answer: 7", "7", True), ("To answer: 7", "7", False),
+]
+BOXED = [
+    ("5 \\text{ million}", "5", False), ("5 \\text{ million}", "5000000", True), ("3\\text{ thousand}", "3", False),
+    ("3\\text{ thousand}", "3000", True), ("2\\text{ dozen}", "2", False), ("2\\text{ dozen}", "24", True),
+    ("\\$2.5\\text{ million}", "2500000", True), ("3 thousand five hundred", "3000", False), ("3 halves", "3", False),
+    ("3\\text{ halves}", "3", False), ("3 squared", "3", False), ("3\\text{ squared}", "3", False),
+    ("3 factorial", "3", False), ("3 minus y", "3", False), ("3 times n", "3", False), ("2 thirds", "2", False),
+    ("2 cos x", "2", False), ("5 plus x", "5", False), ("5 less than x", "5", False),
+    ("5 \\text{ hours } 30 \\text{ minutes}", "5", False), ("6\\text{ feet }2\\text{ inches}", "6", False),
+    ("3 \\text{ boys}, 4 \\text{ girls}", "3", False), ("> 5", "5", False), ("\\ge 5", "5", False),
+    ("7 \\text{ (not } 8)", "8", False), ("A, B", "A", False), ("A and B", "A", False), ("A + B", "A", False),
+    ("A cat", "A", False), ("A = 5", "A", False), ("\\text{(A) and (C)}", "A", False),
+    ("\\text{A or B}", "\\text{(A)}", False), ("\\text{B and C}", "\\text{(B)}", False), ("\\text{(A)}", "A", True),
+    ("(B) 12", "B", True), ("B: The cat", "B", True), ("\\text{18 dollars}", "18", True),
+    ("\\text{\\$18 per day}", "18", True), ("\\text{5 hours}", "5", True), ("\\text{033}", "33", True),
+    ("\\text{58,500}", "58,500", True), ("\\text{y = 2x + 3}", "y = 2x + 3", True), ("\\text{3, 5, 7}", "3, 5, 7", True),
+    ("\\text{A, C, D}", "A,C,D", True), ("\\boldsymbol{113}", "113", True), ("\\mathsf{113}", "113", True),
+    ("\\Large{113}", "113", True), ("113_{10}", "113", True), ("12.5\\%", "12.5", True), ("7.5\\%", "7.5", True),
+    ("0.5\\%", "0.5", True), ("99.5%", "99.5", True), ("0.125", "12.5\\%", True), ("12.5\\%", "0.125", True),
+    ("90^{\\text{o}}", "90", True), ("18 ft^3", "18", True), ("2 1/2 hours", "2.5", True), ("18¢", "18", True),
+    ("₹18", "18", True), ("\\bigl(1,2\\bigr)", "(1,2)", True), ("5 \\text{ cm}^2", "5", True),
+    ("x = 5\\text{ cm}^2", "5", True), ("12 \\text{ square units}", "12", True), ("15 fifths", "15", False),
+    ("4 months", "4", True), ("4\\text{ months}", "4", True), ("7 teeth", "7", True), ("5 forks", "5", True),
+    ("5 overalls", "5", True), ("6 cloths", "6", True),
+]
+
+
+def test_answers_of_models():
+    cases = [*RESPONSES, *((f"\\boxed{{{answer}}}", gold, right) for answer, gold, right in BOXED)]
+    verdicts = utils.grade_all([(response, gold) for response, gold, _ in cases])
+    assert not [(case, verdict) for case, verdict in zip(cases, verdicts) if verdict[0] is not case[2]]
+
+
 GOLD = Path(os.environ.get("BENCHMARK_DIR", "data"))
 
 
