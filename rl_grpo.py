@@ -10,7 +10,7 @@ right and 0 elsewhere, and takes updates_per_batch AdamW steps on
     L = - sum_i sum_t  w_i  c_it  min( r_it A_i,  clip(r_it, 1 - clip_low, 1 + clip_high) A_i )  +  kl_coef k3_it
     A_i   = R_i - mean of the group's rewards, over their standard deviation with scale_rewards = "group"
     r_it  = q(o_it | s_it) / q_old(o_it | s_it), q_old being q at the step's first update, so r = 1 there
-    w_i   = what the loss is divided by, see `token_weights`:  loss_type = "grpo" | "dapo" | "dr_grpo"
+    w_i   = 1 / what the loss is divided by, see `token_weights`:  loss_type = "grpo" | "dapo" | "dr_grpo"
     c_it  = min(q_old / q_sampler, importance_cap): sampler and trainer are two programs, and may disagree
     k3    = rho - 1 - log rho, rho = q_ref / q: an unbiased, non-negative estimate of KL(q || q_ref) in its value; its gradient,
             in expectation over q, is that of the *forward* KL(q_ref || q)
@@ -27,6 +27,7 @@ What differs from GRPO in DeepSeekMath (arXiv 2402.03300), as the paper on disti
 """
 
 import dataclasses
+import os
 from typing import Literal
 
 import torch
@@ -128,22 +129,21 @@ def group_advantages(rewards, scale_rewards="group"):
     return torch.where(std > 0, centred / std.clamp(min=1e-12), 0.0)
 
 
-def token_weights(lengths, all_sequences, all_tokens, loss_type, max_new_tokens):
+def token_weights(lengths, all_sequences, all_tokens, loss_type, constant):
     """
     w_i for each response of these lengths: what its tokens' losses are multiplied by. The totals are those of the whole step,
     over all ranks, of responses that are in the loss:
         "grpo"     1 / (responses x |o_i|): mean over responses of the mean over tokens; a long response's tokens count less
         "dapo"     1 / all tokens: mean over tokens
-        "dr_grpo"  1 / (responses x max_new_tokens): a constant, so neither length nor batch changes what a token counts
+        "dr_grpo"  1 / constant, which is prompts_per_step x group_size x max_new_tokens: no length and no masked response
+                   changes what a token counts; with scale_rewards = "none" this is Dr. GRPO
     """
-    if loss_type == "dapo":
-        return [1 / all_tokens for _ in lengths]
-    return [1 / (all_sequences * (n if loss_type == "grpo" else max_new_tokens)) for n in lengths]
+    return [1 / {"grpo": all_sequences * n, "dapo": all_tokens, "dr_grpo": constant}[loss_type] for n in lengths]
 
 
 def clipped_loss(logps, old_logps, advantages, clip_low, clip_high):
     """(-min(r A, clip(r) A), r, whether the clip took the gradient) per token; all (N,), r = exp(logps - old_logps)."""
-    ratio = torch.exp(logps - old_logps)
+    ratio = torch.exp((logps - old_logps).clamp(max=20))     # an infinite r times A = 0 would be NaN
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
     return loss, ratio.detach(), ((clipped != ratio) & (clipped * advantages < ratio * advantages)).detach()
@@ -167,7 +167,7 @@ def main(argv):
     chief = rank == 0                                    # the rank that prints and writes
     checkpoint = utils.prepare_out_dir(cfg.out_dir, cfg.resume, cfg.overwrite, (cfg.student, cfg.prompts, cfg.eval_data,
                                                                                 cfg.reference))
-    state = {"script": "rl_grpo", "student": cfg.student, "step": 0, "tflops": 0.0, "best": -1.0}
+    state = {"script": "rl_grpo", "student": cfg.student, "reference": None, "step": 0, "tflops": 0.0, "best": -1.0}
     if checkpoint:
         state = utils.read_train_state(checkpoint, "rl_grpo")
         if state["student"] != cfg.student:
@@ -181,12 +181,17 @@ def main(argv):
                         f"remove it ({len(without)} of {len(problems)} have none)")
     eval_problems = utils.load_problems(cfg.eval_data)[:cfg.eval_prompts] if cfg.eval_every else []
 
-    # models: fp32 masters for the student, the compute dtype for the reference
+    # models: fp32 masters for both: in another dtype the same weights would be 0.01 nats apart at the start
     dtype = getattr(torch, cfg.dtype)
     tokenizer = utils.load_tokenizer(cfg.student)
     student = utils.load_model(checkpoint or cfg.student, torch.float32, device)
     reference_path = cfg.reference or cfg.student
-    reference = utils.load_model(reference_path, dtype, device).requires_grad_(False)
+    reference = utils.load_model(reference_path, torch.float32, device).requires_grad_(False)
+    revision = utils.model_revision(reference_path)
+    if state["reference"] not in (None, revision):
+        raise UserError(f"{reference_path} has changed since {checkpoint} was begun (revision {state['reference']}, now "
+                        f"{revision}): the KL would be to other weights; start a new run with --student={checkpoint}")
+    state["reference"] = revision
     utils.check_tokenizers(tokenizer, utils.load_tokenizer(reference_path), "the student", "the reference")
     vocab_size = min(len(m.get_output_embeddings().weight) for m in (student, reference))
     positions = min(m.config.max_position_embeddings for m in (student, reference))
@@ -239,6 +244,8 @@ def main(argv):
         asked = [order[slot // cfg.group_size] for slot in slots]
         rollouts = engine.generate([prompts[i] for i in asked], sampling,
                                    [utils.derive_seed(cfg.seed, "train", step, slot) for slot in slots])
+        if world > 1:
+            dist.barrier()                               # waiting for the slowest counts as rollout
         timer.lap("rollout")
 
         # 2. rewards, shared with all ranks; advantages within the groups
@@ -254,13 +261,14 @@ def main(argv):
         written = [(slot, prompts[i], tokens, logps) for slot, i, (tokens, logps, _) in zip(slots, asked, rollouts)]
         batch = [row for row in written if in_loss[row[0]]]
         counts = [(sum(len(r) for _, _, r, _ in rows),
-                   utils.forward_flops(student.config, [len(p) + len(r) for _, p, r, _ in rows])) for rows in (written, batch)]
+                   utils.forward_flops(model.config, [len(p) + len(r) for _, p, r, _ in rows]))
+                  for model, rows in ((student, written), (student, batch), (reference, batch))]
         counts = torch.tensor(counts, dtype=torch.float64, device=device)
-        (all_tokens, writer_flops), (loss_tokens, batch_flops) = utils.all_reduce(counts).tolist()
+        (all_tokens, writer_flops), (loss_tokens, batch_flops), (_, reference_flops) = utils.all_reduce(counts).tolist()
         longest = torch.tensor(max(len(tokens) for tokens, _, _ in rollouts), device=device)
         longest = utils.all_reduce(longest, dist.ReduceOp.MAX).item()
         weights = token_weights([len(row[2]) for row in batch], in_loss.sum().item(), loss_tokens, cfg.loss_type,
-                                cfg.max_new_tokens)
+                                len(ungraded) * cfg.max_new_tokens)
         timer.lap("reward")
 
         # 3. - 4. loss, gradient, one sum over ranks, clip, step: updates_per_batch times over the whole batch
@@ -294,8 +302,10 @@ def main(argv):
                     torch.exp(old_logps - sampled).clamp(max=cfg.importance_cap)
                 advantage = per_token([advantages[batch[i][0]].item() for i in picked])
                 loss, ratio, clipped = clipped_loss(logps, old_logps, advantage, cfg.clip_low, cfg.clip_high)
-                kl = k3(logps, ref_logps)
-                loss = (per_token([weights[i] for i in picked]) * (correction * loss + cfg.kl_coef * kl)).sum()
+                loss, kl = correction * loss, k3(logps, ref_logps)
+                if cfg.kl_coef:                          # 0 x infinity is NaN, and switched off it needs no gradient
+                    loss = loss + cfg.kl_coef * kl
+                loss = (per_token([weights[i] for i in picked]) * loss).sum()
                 loss.backward()
                 totals += torch.stack([loss.detach(), entropy.sum(), kl.detach().sum(), clipped.sum(), correction.sum(),
                                        torch.tensor(float(len(targets)), device=device)])
@@ -306,20 +316,24 @@ def main(argv):
                 flat = utils.all_reduce(torch.cat([g.flatten() for g in gradients]))
                 for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
                     p.grad = g.view_as(p)
+                del gradients, flat, g                   # or they would live through the next rollouts
             timer.lap("student")
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
-            if not torch.isfinite(grad_norm):
-                raise UserError(f"step {step + 1}: gradient norm {grad_norm.item()}: not finite, so no update was made; the "
-                                f"last checkpoint is whole; --resume with a lower learning_rate than {cfg.learning_rate}, or "
-                                f"dtype=float32")
+            norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+            grad_norm = torch.maximum(grad_norm, norm.cpu())
+            if not torch.isfinite(norm):
+                batch_file = os.path.join(cfg.out_dir, f"nonfinite_step_{step + 1:06d}_rank_{rank}.jsonl")
+                utils.write_lines(batch_file, [{"prompt_ids": p, "response_ids": r} for _, p, r, _ in batch], mode="w")
+                raise UserError(f"step {step + 1}, update {update + 1}: gradient norm {norm.item()}: not finite, so it was not "
+                                f"made. The batch is in {batch_file}, a checkpoint before it is whole: --resume with a lower "
+                                f"learning_rate than {cfg.learning_rate}, or dtype=float32")
             for group in optimizer.param_groups:
                 group["lr"] = cfg.learning_rate * min(1, (step + 1) / max(1, cfg.warmup_steps))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             timer.lap("optimizer")
 
-        # 5. log: sums over the updates; FLOPs in the paper's count: sampling, reference, and 3 F for each update
-        state["tflops"] += (writer_flops + (1 + 3 * cfg.updates_per_batch) * batch_flops) / 1e12
+        # 5. log: means over the updates, the largest gradient norm; FLOPs: sampling, reference, and 3 F for each update
+        state["tflops"] += (writer_flops + reference_flops + 3 * cfg.updates_per_batch * batch_flops) / 1e12
         loss, entropy, kl, clipped, correction, seen = utils.all_reduce(totals).tolist()
         lowest, highest, gap = utils.all_reduce(extremes, dist.ReduceOp.MAX).tolist()
         if chief:
@@ -330,13 +344,17 @@ def main(argv):
                    "reward_std": graded.std(correction=0).item() if len(graded) else None,
                    "equal_groups": equal / cfg.prompts_per_step, "ungraded": int(ungraded.sum().item()),
                    "masked": int((~in_loss).sum().item()), "student_entropy": entropy / seen, "kl_to_reference": kl / seen,
-                   "clip_fraction": clipped / seen, "ratio_min": -lowest, "ratio_max": highest,
+                   "clip_fraction": clipped / seen, "ratio_min": -lowest if loss_tokens else None,
+                   "ratio_max": highest if loss_tokens else None,
                    "importance_weight": correction / seen, "max_logprob_gap": gap,
                    "mean_length": all_tokens / len(cut), "max_length": longest, "truncated_share": cut.mean().item(),
                    "grad_norm": grad_norm.item(), "learning_rate": optimizer.param_groups[0]["lr"], "tokens": int(all_tokens),
                    "tokens_per_second": all_tokens / sum(timer.laps.values()), **timer.laps, "tflops": state["tflops"]}
             utils.write_lines(metrics_file, [row])
             utils.print_row(COLUMNS, row, header=step % 20 == 0 or step == start_step)
+            if not loss_tokens:
+                print(f"warning: step {step + 1}: no response is in the loss, so no update was made; ungraded "
+                      f"{row['ungraded']}, cut {row['truncated_share']:.0%}", flush=True)
 
     if chief:
         print(f"done: {cfg.out_dir}/last; `python plot.py {cfg.out_dir}` draws the curves and prints a table")

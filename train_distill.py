@@ -380,6 +380,7 @@ def main(argv):
                 flat = utils.all_reduce(torch.cat([g.flatten() for g in gradients]))
                 for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
                     p.grad = g.view_as(p)
+                del gradients, flat, g                   # or they would live through the next rollouts
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
             totals = utils.all_reduce(totals)
             loss, *sums = totals.tolist()

@@ -9,6 +9,7 @@ import ast
 import bisect
 import copy
 import dataclasses
+import datetime
 import difflib
 import functools
 import hashlib
@@ -140,8 +141,8 @@ def print_config(cfg, origin):
 
 # ------------------------------------------------------------------------------------------------- processes and seeds
 
-def init_processes(patience=None):
-    """(rank, world size, device), under torchrun or alone; NCCL on GPUs, gloo on CPUs. patience: timedelta, or the default."""
+def init_processes(patience=datetime.timedelta(hours=2)):
+    """(rank, world size, device), under torchrun or alone; NCCL on GPUs, gloo on CPUs. patience: how long a rank waits."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -726,7 +727,7 @@ def _math_verify(answer, gold, seconds):
         process = subprocess.Popen([sys.executable, "-c", _GRADER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                    stderr=subprocess.DEVNULL, text=True)
         if process.stdout.readline() != "ready\n":
-            raise UserError("grading needs math-verify, and cannot import it: pip install 'math-verify>=0.9,<0.10'") from None
+            raise LocalError("grading needs math-verify, and cannot import it: pip install 'math-verify>=0.9,<0.10'") from None
     try:
         process.stdin.write(json.dumps([gold, answer]) + "\n")
         process.stdin.flush()
@@ -991,6 +992,8 @@ def load_optimizer(checkpoint, model, optimizer):
     path = Path(checkpoint) / "optimizer.safetensors"
     try:
         tensors = load_file(path)
+        if not tensors:                                  # written before the first update
+            return
         by_parameter = {}
         for i, (name, parameter) in enumerate(model.named_parameters()):
             by_parameter[i] = {key: tensors.pop(f"{name}/{key}") for key in ("step", "exp_avg", "exp_avg_sq")}

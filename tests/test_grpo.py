@@ -42,12 +42,12 @@ def test_advantages_by_hand():
 
 
 def test_token_weights_by_hand():
-    """Two of a step's three responses, of 2 and 4 tokens; the third, on another rank, has 6; horizon 10."""
-    assert rl_grpo.token_weights([2, 4], 3, 12, "dapo", 10) == [1 / 12, 1 / 12]
-    assert rl_grpo.token_weights([2, 4], 3, 12, "grpo", 10) == [1 / 6, 1 / 12]
-    assert rl_grpo.token_weights([2, 4], 3, 12, "dr_grpo", 10) == [1 / 30, 1 / 30]
+    """Two of a step's three responses, of 2 and 4 tokens; the third, on another rank, has 6; constant 30."""
+    assert rl_grpo.token_weights([2, 4], 3, 12, "dapo", 30) == [1 / 12, 1 / 12]
+    assert rl_grpo.token_weights([2, 4], 3, 12, "grpo", 30) == [1 / 6, 1 / 12]
+    assert rl_grpo.token_weights([2, 4], 3, 12, "dr_grpo", 30) == [1 / 30, 1 / 30]
     for kind, total in (("dapo", 1), ("grpo", 1), ("dr_grpo", 12 / 30)):            # over all tokens
-        assert sum(w * n for w, n in zip(rl_grpo.token_weights([2, 4, 6], 3, 12, kind, 10), (2, 4, 6))) == pytest.approx(total)
+        assert sum(w * n for w, n in zip(rl_grpo.token_weights([2, 4, 6], 3, 12, kind, 30), (2, 4, 6))) == pytest.approx(total)
 
 
 @pytest.mark.parametrize("ratio, advantage, loss, slope", [
@@ -85,7 +85,7 @@ def test_bandit(scale, loss_type):
         logps = z.log_softmax(0)
         arms = torch.multinomial(logps.exp().detach(), 16, replacement=True)
         advantages = rl_grpo.group_advantages((arms == 7).float()[None], scale)[0]
-        weight = torch.tensor(rl_grpo.token_weights([1] * 16, 16, 16, loss_type, 1))
+        weight = torch.tensor(rl_grpo.token_weights([1] * 16, 16, 16, loss_type, 16))
         loss, _, _ = rl_grpo.clipped_loss(logps[arms], logps[arms].detach(), advantages, 0.2, 0.2)
         z.grad = None
         (weight * loss).sum().backward()
@@ -134,7 +134,7 @@ def test_one_step_is_reinforce_with_a_group_baseline(rl, monkeypatch, tokenizer,
         with torch.no_grad():
             ref = teacher(ids).logits[0, here, :student.config.vocab_size].log_softmax(-1).gather(1, target)[:, 0]
         terms = -advantage * logps + cfg.kl_coef * (torch.exp(ref - logps) - 1 - (ref - logps))
-        divisor = {"dapo": total, "grpo": len(kept) * len(tokens), "dr_grpo": len(kept) * 60}[cfg.loss_type]
+        divisor = {"dapo": total, "grpo": len(kept) * len(tokens), "dr_grpo": 16 * 60}[cfg.loss_type]
         loss = loss + terms.sum() / divisor
     loss.backward()
     for got, parameter in zip(seen["grads"], student.parameters()):
@@ -160,6 +160,7 @@ def test_ungraded_responses_leave_the_group(rl, monkeypatch):
     monkeypatch.setattr(utils, "grade_all", lambda pairs: [(None, "")] * len(pairs))
     rows, out = rl("--max_steps=1")
     assert rows[0]["ungraded"] == 16 and rows[0]["reward_mean"] is None and rows[0]["equal_groups"] == 1
+    rows, out = rl("--max_steps=2", "--resume", out=out)
     before, after = (utils.load_model(path, torch.float32).state_dict() for path in ("data/toy/student", out / "last"))
     assert all(torch.equal(before[key], after[key]) for key in before)
 
@@ -184,6 +185,21 @@ def test_a_sampler_that_disagrees(rl, monkeypatch, shift, options, factor):
     assert after[0]["importance_weight"] == pytest.approx(factor, rel=1e-4) and after[0]["ratio_max"] == 1
     assert after[0]["grad_norm"] == pytest.approx(factor * before[0]["grad_norm"], rel=1e-3)
     assert after[0]["max_logprob_gap"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_bf16_starts_at_the_reference(rl):
+    """The same weights through the same autocast: no KL before the first update moves them."""
+    rows, _ = rl("--max_steps=2", "--dtype=bfloat16", "--learning_rate=0", "--kl_coef=1", "--updates_per_batch=2")
+    assert [row["kl_to_reference"] for row in rows] == [0, 0] and rows[1]["ratio_min"] == rows[1]["ratio_max"] == 1
+    assert 0 < rows[0]["max_logprob_gap"] < 0.5          # sampler and trainer: bf16 weights there, masters here
+
+
+def test_extreme_ratios():
+    """A token that fell from probability 1 to 1e-60: no infinity, no NaN."""
+    logps = torch.tensor([-140.0, 0.0, 0.0], requires_grad=True)
+    loss, ratio, _ = rl_grpo.clipped_loss(logps, torch.tensor([0.0, -140.0, -140.0]), torch.tensor([1.0, 0.0, -1.0]), 0.2, 0.2)
+    loss.sum().backward()
+    assert ratio.isfinite().all() and loss.isfinite().all() and logps.grad.isfinite().all()
 
 
 def test_metrics(rl, tokenizer):
@@ -223,10 +239,13 @@ def test_resume_is_exact(rl, tmp_path):
     assert plain(parts) == plain(whole) and [row["step"] for row in whole] == [0, 1, 2, 2, 3, 4, 4]
 
 
-def test_two_processes_are_one(rl, tmp_path):
-    """Responses are dealt, groups are not: the same rewards, losses and weights, with uneven shares too (2 x 3 responses)."""
-    options = ["--max_steps=3", "--prompts_per_step=1", "--group_size=5", "--kl_coef=0.1"]
+@pytest.mark.parametrize("options", [
+    ["--max_steps=3", "--prompts_per_step=1", "--group_size=5", "--kl_coef=0.1"],
+    ["--max_steps=6", "--prompts_per_step=1", "--group_size=2", "--kl_coef=0.1", "--mask_truncated", "--max_new_tokens=40"]])
+def test_two_processes_are_one(rl, tmp_path, options):
+    """Responses are dealt, groups are not: the same rewards, losses and weights, with uneven shares or none in the loss."""
     one, a = rl(*options)
+    assert "--mask_truncated" not in options or {0, 1} <= {row["masked"] for row in one}
     out = tmp_path / "two"
     finished = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29647", "rl_grpo.py",
@@ -289,5 +308,11 @@ def test_prompts_without_answers_and_foreign_folders(rl, train, tmp_path):
     _, out = rl("--max_steps=1")
     with pytest.raises(utils.UserError, match="began from student='data/toy/student', not '"):
         rl("--resume", "--max_steps=2", out=out, student=out / "last")
+    moved = tmp_path / "moved"
+    shutil.copytree("data/toy/student", moved)
+    _, other_out = rl("--max_steps=1", student=moved)
+    shutil.copytree("data/toy/teacher", moved, dirs_exist_ok=True)
+    with pytest.raises(utils.UserError, match="moved has changed since .* was begun"):
+        rl("--resume", "--max_steps=2", out=other_out, student=moved)
     with pytest.raises(utils.UserError, match="max_steps=0: .* is at step 1 already"):
         rl("--resume", "--max_steps=0", out=out)
