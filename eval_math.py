@@ -46,7 +46,7 @@ BENCHMARKS = {
 @dataclasses.dataclass
 class Config:
     model: str = "out/toy_opd/last"                      # folder or hub name
-    benchmarks: str = "gsm8k,math500,amc23,aime24"       # names of the table above or JSONL files, with commas between
+    benchmarks: str = "gsm8k,math500,math,amc23,aime24"  # names of the table above or JSONL files, with commas between
     num_problems: int | None = None                      # the first so many of each; None: all
     samples_per_problem: int | None = None               # None: the paper's number, 3 for other files
     engine: Literal["hf"] = "hf"                         # who decodes: transformers models
@@ -341,7 +341,7 @@ def main(argv):
     results = {name: numbers([line[-1] for key, line in lines.items() if key[0] == b], cfg.bootstrap, cfg.seed)
                | {"skipped": len(problems) - len(prompts[name])} for b, (name, (problems, _)) in enumerate(benchmarks.items())}
     versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "math-verify", "numpy")}
-    report = {"results": results, "model": cfg.model, "settings": settings,
+    report = {"results": results, "model": cfg.model, "settings": settings, "config": dataclasses.asdict(cfg),
               "versions": {"python": platform.python_version(), **versions}, "device": device.type, "processes": world,
               "seconds": round(time.time() - start, 1), "responses_in_these_seconds": len(lines) - len(done)}
     known = out_dir / "results.json"

@@ -575,7 +575,7 @@ def extract_answer(response):
     first = _BOX.search(response)
     for token in _BRACES.finditer(response, first.start()) if first else ():
         if token[0] == "}":
-            if opened and (box := opened.pop()) is not None:
+            if opened and (box := opened.pop()) is not None and response[box.end():token.start()].strip():
                 boxes.append((box.start(), token.end(), response[box.end():token.start()]))
         elif token[0][-1] == "{" and token[0] != "\\{":
             opened.append(None if token[0] == "{" else token)

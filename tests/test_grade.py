@@ -111,7 +111,8 @@ def test_math_verify_alone():
 @pytest.mark.parametrize("response, answer", [
     ("first \\boxed{1}, then \\boxed{2}", "2"), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("\\boxed{\\boxed{5}}", "5"),
     ("\\boxed{1} and then \\boxed{2", "1"), ("\\fbox{3}", "3"), ("\\boxed {7}", "7"), ("\\boxed 5.", "5"),
-    ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"), ("\\boxed{a\\\\}", "a\\\\"), ("} \\boxed{1} {", "1"), ("\\boxed{}", ""),
+    ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"), ("\\boxed{a\\\\}", "a\\\\"), ("} \\boxed{1} {", "1"), ("\\boxed{}", None),
+    ("I use \\boxed{}. The answer is 5.", "5"),
     ("12 \n#### 1,234\nDone.", "1,234"), ("#### 5 \\boxed{6}", "6"), ("The answer is 42. I am sure.", "42"),
     ("**Final answer:** $\\frac{1}{2}$", "$\\frac{1}{2}$"), ("Answer: 3.5\n", "3.5"), ("# Answer\n\n42", "42"), ("A: 26", "26"),
     ("the answer is 1. No, the answer is 2.", "2"), ("The answer to the question is $5$.", "$5$"), ("Answer = 7", "7"),
