@@ -18,7 +18,6 @@ if __name__ == "__main__":                               # or this file would be
 import argparse
 import hashlib
 import json
-import re
 from pathlib import Path
 
 from utils import extract_answer
@@ -50,8 +49,6 @@ def convert(name, row, where):
         answer = extract_answer(row["solution"])
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)                             # AMC23 has 27.0
-    if isinstance(answer, str) and re.fullmatch(r"0\d+", answer):
-        answer = answer.lstrip("0") or "0"               # AIME answers are numbers from 000 to 999
     if name == "deepscaler" and answer in (None, ""):
         return None                                      # a prompt to train on needs an answer to be graded by
     if not problem or answer in (None, ""):
@@ -63,7 +60,7 @@ def read(path):
     """Rows of a .jsonl or .json (one list) file."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line.strip()]
+        return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: {error}") from error
 

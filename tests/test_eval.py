@@ -215,11 +215,11 @@ def test_benchmark_files(tmp_path):
     """Counts and content are checked, and a file that changes is refused."""
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir(), out.mkdir()
-    rows = [{"problem": f"p{i}", "answer": 27.0 if i else "025", "url": "x"} for i in range(40)]
-    utils.write_lines(source / "amc23.jsonl", rows)
+    rows = [{"problem": f"p{i}", "answer": 27.0 if i else "a\u2028b", "url": "x"} for i in range(40)]
+    (source / "amc23.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     assert benchmarks.make("amc23", source, out) == 40 and benchmarks.make("gsm8k", source, out) is None
     made = utils.read_lines(out / "amc23.jsonl")
-    assert made[:2] == [{"problem": "p0", "answer": "25", "source": "amc23"},
+    assert made[:2] == [{"problem": "p0", "answer": "a\u2028b", "source": "amc23"},
                         {"problem": "p1", "answer": "27", "source": "amc23"}]
     assert (out / "amc23.sha256").read_text().endswith("  amc23.jsonl\n")
     utils.write_lines(source / "amc23.jsonl", rows[:-1], mode="w")
