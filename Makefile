@@ -1,4 +1,5 @@
-# make demo: watch a small student learn (CPU, minutes); rl-demo: GRPO after it.   make test: lint and tests.
+# make demo: watch a small student learn (CPU, minutes); rl-demo: GRPO after it.  make cells: compare the objectives.
+# make test: lint and tests.
 # PYTHON=python3.12 picks another Python.
 PYTHON ?= python3
 MODEL ?= out/opd_4b/last
@@ -11,6 +12,16 @@ demo: .venv/installed
 rl-demo: demo
 	$(BIN)/python rl_grpo.py configs/toy_grpo.py --student=out/toy_opd/last --overwrite
 	$(BIN)/python plot.py out/toy_opd out/toy_grpo --y accuracy entropy length reward_mean --out out/toy_grpo/curves.png
+
+# the paper's comparisons on the toy world, 36 runs (40 minutes on 2 cores), then figures, a table and its claims, in out/cells;
+# paper-toy: and GRPO from eight end points, for each seed. Give the command again after an interruption: finished runs are kept.
+SEEDS ?= 42,43,44
+comma = ,
+cells: .venv/installed
+	$(BIN)/python cells.py
+
+paper-toy: .venv/installed
+	$(BIN)/python cells.py --rl --seeds $(subst $(comma), ,$(SEEDS))
 
 test: lint
 	$(BIN)/python -m pytest
@@ -52,4 +63,4 @@ $(BIN)/python:
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
-.PHONY: demo rl-demo test test-all lint bench results general venv
+.PHONY: demo rl-demo cells paper-toy test test-all lint bench results general venv

@@ -233,7 +233,8 @@ def main(argv):
                 state["best"] = score if is_best else state["best"]
             if chief and step > 0 and (is_best or step % cfg.save_every == 0 or step == cfg.max_steps):
                 utils.save_checkpoint(cfg.out_dir, student, tokenizer, optimizer,
-                                      {**state, "step": step, "config": dataclasses.asdict(cfg)}, is_best, cfg.keep)
+                                      {**state, "step": step, "config": dataclasses.asdict(cfg)}, cfg.keep,
+                                      ["best"] * is_best)
         if step == cfg.max_steps:
             break
 

@@ -16,6 +16,10 @@ Nothing is differentiated through sampling: prefixes are data. The teacher's com
 with cached hidden states only the teacher's LM head is loaded) or are written step by step. teacher=None is SFT on hard labels,
 the trajectories or the solutions in the prompt file: the Monte-Carlo form of forward KL on teacher prefixes.
 
+horizons = (128, 256, ...) is the entropy-gated length curriculum (section 5.2), for any prefix and direction: after
+steps_per_horizon steps on a rung the next one opens only if the entropy of the student's own responses, to held-out prompts and
+as long as the rung, is above a floor.
+
 Where the paper (arXiv 2605.16826) is silent or contradicts itself, we
   - take the KL over the full vocabulary (its appendix D speaks of a sampled estimate, its sections 3 and G.4 of the full one);
   - average over all response tokens of the step, whatever the ranks and micro-batches (loss_norm = "sequence" for the other);
@@ -24,11 +28,13 @@ Where the paper (arXiv 2605.16826) is silent or contradicts itself, we
   - end a student's response on the stop ids of either model (stop = "union"): a Base student and a chat teacher end their turns
     with different ids, and on its own id alone (stop = "student") a student that has learned the teacher's never stops. What
     the teacher writes always ends on either;
-  - cache the teacher's last hidden states, not its logits: 37 to 59 times smaller, and exact.
+  - cache the teacher's last hidden states, not its logits: 37 to 59 times smaller, and exact;
+  - look at the gate once, at the end of a rung; closed, it stays closed. The floor is half the entropy after the first rung.
 """
 
 import dataclasses
 import json
+import math
 import os
 import zlib
 from pathlib import Path
@@ -64,6 +70,15 @@ class Config:
     stop: Literal["union", "student"] = "union"          # whose stop ids end a student's response
     rollout_rows: int = 32                               # responses decoded together; bounds the KV cache: 0.6B, 4096 tokens
                                                          # and 32 rows hold 15 GB
+    # entropy-gated length curriculum (section 5.2)
+    horizons: tuple[int, ...] = ()                       # rungs, short to long; (): max_new_tokens throughout
+    steps_per_horizon: int = 160                         # updates on a rung before its gate; the last rung has the rest
+    gate_prompts: int = 200                              # the first so many of eval_data; one response each at T = 1, top_p and
+                                                         # top_k as above, as long as the rung's horizon
+    entropy_floor: float = 0.5                           # H_min, in nats per token or
+    floor_unit: Literal["first_rung", "nats"] = "first_rung"     # ... in entropies at the end of the first rung
+    on_gate_closed: Literal["hold", "stop", "rollback"] = "hold"     # go on at the rung that failed; end there; or go back to
+                                                         # weights, optimiser and horizon of the rung before, if any, and go on
     # optimisation
     batch_size: int = 32                                 # prompts a step over all ranks, one response each
     max_steps: int = 1000
@@ -101,13 +116,17 @@ def validate(cfg, world):
     need(cfg.batch_size >= 1 and cfg.batch_size % world == 0, "batch_size",
          f"must be a positive multiple of the {world} processes; try {max(1, cfg.batch_size // world) * world}")
     for key in ("max_new_tokens", "rollout_rows", "max_tokens_per_microbatch", "eval_prompts", "eval_samples",
-                "eval_max_new_tokens", "save_every", "keep"):
+                "eval_max_new_tokens", "steps_per_horizon", "gate_prompts", "save_every", "keep"):
         need(getattr(cfg, key) >= 1, key, "must be at least 1")
     for key in ("max_steps", "warmup_steps", "eval_every", "top_k", "temperature", "eval_temperature", "weight_decay",
-                "learning_rate"):
+                "learning_rate", "entropy_floor"):
         need(getattr(cfg, key) >= 0, key, "must not be negative")
     for key in ("top_p", "eval_top_p"):
         need(0 < getattr(cfg, key) <= 1, key, "must be in (0, 1]; 1 keeps every token")
+    need(list(cfg.horizons) == sorted({*cfg.horizons}) and min(cfg.horizons, default=1) >= 1, "horizons",
+         "must be positive and grow from rung to rung")
+    need(cfg.floor_unit == "nats" or cfg.entropy_floor <= 1, "entropy_floor",
+         'above 1 x the entropy at the end of the first rung no rung opens; lower it, or set floor_unit="nats"')
     need(cfg.max_grad_norm > 0, "max_grad_norm", "must be positive; inf never clips")
     if cfg.trajectories is not None:
         need(cfg.prefix == "teacher", "trajectories", 'what is on disk was not written by this student; set prefix="teacher"')
@@ -117,13 +136,23 @@ def validate(cfg, world):
         need(not cfg.eval_teacher, "eval_teacher", "there is none with teacher=None; set it to False")
 
 
-def encoded_solutions(path, problems, tokenizer, end):
-    """Response ids of the prompt file's solutions, each with the stop id `end`."""
-    for problem in problems:
-        if not (problem["solution"] or "").strip():
-            raise UserError(f"{path}: teacher=None trains on solutions, and problem {problem['problem'][:40]!r} has none; add "
-                            f"a \"solution\" to every line, name a teacher, or give trajectories")
-    return [[*tokenizer.encode(problem["solution"], add_special_tokens=False), end] for problem in problems]
+def gate(entropies, floor, unit):
+    """
+    The curriculum's rule (section 5.2). entropies: H_0 ... H_m, nats per token, at the ends of the rungs so far.
+
+        rung m + 1 opens  iff  H_i >= H_min for every i <= m;        H_min = floor ("nats") or floor * H_0 ("first_rung")
+
+    Length plays no part. Returns (rungs that passed, whether the gate is closed, H_min); (0, False, None) before the first
+    measurement. ValueError when an entropy is not finite.
+    """
+    if not all(map(math.isfinite, entropies)):
+        raise UserError(f"the gate measured entropies {entropies}: not finite, so the weights are broken; start again from an "
+                        f"earlier checkpoint with a lower learning_rate")
+    if not entropies:
+        return 0, False, None
+    h_min = floor * entropies[0] if unit == "first_rung" else floor
+    passed = next((m for m, h in enumerate(entropies) if h < h_min), len(entropies))
+    return passed, passed < len(entropies), h_min
 
 
 class Trajectories:
@@ -230,9 +259,10 @@ def main(argv):
     chief = rank == 0                                    # the rank that prints and writes
     inputs = (cfg.student, cfg.teacher, cfg.prompts, cfg.eval_data, cfg.trajectories)
     checkpoint = utils.prepare_out_dir(cfg.out_dir, cfg.resume, cfg.overwrite, inputs)
-    state = {"script": "train_distill", "student": cfg.student, "step": 0, "tflops": 0.0, "best": -1.0, "own_stops": None}
+    state = {"script": "train_distill", "student": cfg.student, "step": 0, "tflops": 0.0, "best": -1.0, "own_stops": None,
+             "entropies": [], "rung_began": 0}           # the curriculum's history
     if checkpoint:
-        state = utils.read_train_state(checkpoint, "train_distill")
+        state |= utils.read_train_state(checkpoint, "train_distill")
         if state["student"] != cfg.student:
             raise UserError(f"{checkpoint} was trained from student={state['student']!r}, not {cfg.student!r}; resume with "
                             f"that one, or start a new run from its weights with --student={checkpoint}")
@@ -243,7 +273,9 @@ def main(argv):
         raise UserError(f"{cfg.trajectories} holds {len(data)} sequences, {state['trajectories']} when {checkpoint} was "
                         f"written: their order would change; start a new run from its weights with --student={checkpoint}")
     problems = utils.load_problems(cfg.prompts) if data is None else []
-    eval_problems = utils.load_problems(cfg.eval_data)[:cfg.eval_prompts] if cfg.eval_every else []
+    ladder = cfg.horizons or (cfg.max_new_tokens,)       # a fixed horizon is a ladder of one
+    held_out = max(cfg.eval_prompts * (cfg.eval_every > 0), cfg.gate_prompts * (len(ladder) > 1))
+    eval_problems = utils.load_problems(cfg.eval_data)[:held_out] if held_out else []
 
     # models: fp32 masters for the student, the compute dtype for the teacher, of which its head is enough for cached states
     dtype = getattr(torch, cfg.dtype)
@@ -272,19 +304,21 @@ def main(argv):
     # prompts: those with room for the horizon, in this data and in the evaluation's
     limits = positions, vocab_size, chief
     if data:
-        data.check(cfg.max_new_tokens, positions, vocab_size)
+        data.check(ladder[-1], positions, vocab_size)
     else:
-        encoded = utils.usable_prompts(cfg.prompts, problems, template, cfg.max_new_tokens, *limits)
+        encoded = utils.usable_prompts(cfg.prompts, problems, template, ladder[-1], *limits)
         prompts = list(encoded.values())
-    if cfg.eval_every:
-        encoded_eval = utils.usable_prompts(cfg.eval_data, eval_problems, template, cfg.eval_max_new_tokens, *limits)
+    if held_out:
+        longest = max(cfg.eval_max_new_tokens, ladder[-1] if len(ladder) > 1 else 0)
+        encoded_eval = utils.usable_prompts(cfg.eval_data, eval_problems, template, longest, *limits)
         eval_problems, eval_prompts = [eval_problems[i] for i in encoded_eval], list(encoded_eval.values())
     if cfg.teacher is None and data is None:
+        if without := [problems[i]["problem"][:40] for i in encoded if not (problems[i]["solution"] or "").strip()]:
+            raise UserError(f"{cfg.prompts}: teacher=None trains on solutions, and problem {without[0]!r} has none; add a "
+                            f"\"solution\" to every line, name a teacher, or give trajectories")
         end = tokenizer.eos_token_id if tokenizer.eos_token_id in own_stops else own_stops[0]
-        solutions = encoded_solutions(cfg.prompts, [problems[i] for i in encoded], tokenizer, end)
+        solutions = [[*tokenizer.encode(problems[i]["solution"], add_special_tokens=False), end] for i in encoded]
 
-    sampling = Sampling(cfg.max_new_tokens, tuple(student_stops if cfg.prefix == "student" else all_stops), cfg.temperature,
-                        cfg.top_p, cfg.top_k, vocab_size)
     eval_sampling = Sampling(cfg.eval_max_new_tokens, tuple(student_stops), cfg.eval_temperature, cfg.eval_top_p, 0, vocab_size)
     make_engine = {"hf": HFEngine}[cfg.engine]
     student_engine = make_engine(student, dtype, cfg.rollout_rows)
@@ -301,28 +335,56 @@ def main(argv):
         print(f"{len(data)} trajectories" if data else f"{len(prompts)} prompts", end="")
         print(f", {world} process(es) on {device.type}, from step {state['step']}")
 
-    def measure(engine, model, name, step, stops):
-        metrics, records = utils.evaluate(
-            engine, model, template, eval_problems, eval_prompts, dataclasses.replace(eval_sampling, stop_ids=tuple(stops)),
-            cfg.eval_samples, cfg.seed, cfg.max_tokens_per_microbatch, rank, world, dtype)
-        utils.log_evaluation(cfg.out_dir, step, name, metrics, records, chief)
+    def measure(engine, model, name, step, sampling, n=cfg.eval_prompts, samples=cfg.eval_samples):
+        metrics, records = utils.evaluate(engine, model, template, eval_problems[:n], eval_prompts[:n], sampling, samples,
+                                          cfg.seed, cfg.max_tokens_per_microbatch, rank, world, dtype)
+        if name:
+            utils.log_evaluation(cfg.out_dir, step, name, metrics, records, chief)
         return metrics
 
     start_step = state["step"]
     for step in range(start_step, cfg.max_steps + 1):        # step = updates done so far; the last pass only evaluates
         student_engine.sync(student)
-        if not (checkpoint and step == start_step):      # a resumed run has evaluated and saved there already
+        fresh = not (checkpoint and step == start_step)  # a resumed run has looked, evaluated and saved there already
+        # the curriculum: one look at the gate, at the end of a rung
+        passed, closed, h_min = gate(state["entropies"], cfg.entropy_floor, cfg.floor_unit)
+        looks = fresh and not closed and passed + 1 < len(ladder) and step >= state["rung_began"] + cfg.steps_per_horizon
+        if looks:
+            how = Sampling(ladder[passed], tuple(student_stops), 1.0, cfg.top_p, cfg.top_k, vocab_size)
+            seen = measure(student_engine, student, None, step, how, cfg.gate_prompts, samples=1)
+            state["entropies"].append(seen["entropy"])
+            passed, closed, h_min = gate(state["entropies"], cfg.entropy_floor, cfg.floor_unit)
+            if not closed:
+                state["rung_began"] = step
+            elif passed and cfg.on_gate_closed == "rollback":
+                stable = os.path.join(cfg.out_dir, f"step_{state['rung_began']:06d}")
+                student.load_state_dict(utils.load_model(stable, torch.float32, device).state_dict())
+                utils.load_optimizer(stable, student, optimizer)
+                student_engine.sync(student)
+        horizon = ladder[min(passed, len(ladder) - 1) - (closed and passed > 0 and cfg.on_gate_closed == "rollback")]
+        if looks and chief:
+            numbers = ("entropy", "length", "truncated", "stop_reasons", "problems", "temperature", "top_p", "top_k")
+            row = {"step": step, "gate": "closed" if closed else "open", "on_gate_closed": cfg.on_gate_closed,
+                   "horizon": how.max_new_tokens, "next_horizon": horizon, "entropies": state["entropies"],
+                   "entropy_floor": h_min, **{key: seen[key] for key in numbers}}
+            utils.write_lines(metrics_file, [row])
+            print(f"gate {step:>4} {row['gate']:<8} entropy {seen['entropy']:.3f}  floor {h_min:.3f}  "
+                  f"length {seen['length']:.0f}  horizon {row['horizon']} -> {horizon}", flush=True)
+        over = step == cfg.max_steps or closed and cfg.on_gate_closed == "stop"
+        if fresh:
             is_best = False
-            if cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.max_steps):
+            if cfg.eval_every and (step % cfg.eval_every == 0 or over):
                 if step == 0 and cfg.eval_teacher:
-                    measure(teacher_engine, teacher, "teacher", 0, all_stops)
-                score = measure(student_engine, student, "student", step, student_stops)["avg_at_k"]
+                    how = dataclasses.replace(eval_sampling, stop_ids=tuple(all_stops))
+                    measure(teacher_engine, teacher, "teacher", 0, how)
+                score = measure(student_engine, student, "student", step, eval_sampling)["avg_at_k"]
                 is_best = step > 0 and score is not None and score > state["best"]
                 state["best"] = score if is_best else state["best"]
-            if chief and step > 0 and (is_best or step % cfg.save_every == 0 or step == cfg.max_steps):
+            if chief and step > 0 and (is_best or looks or step % cfg.save_every == 0 or over):
                 utils.save_checkpoint(cfg.out_dir, student, tokenizer, optimizer,
-                                      {**state, "step": step, "config": dataclasses.asdict(cfg)}, is_best, cfg.keep)
-        if step == cfg.max_steps:
+                                      {**state, "step": step, "config": dataclasses.asdict(cfg)}, cfg.keep,
+                                      ["best"] * is_best + ["stable"] * (looks and not closed))
+        if over:
             break
 
         # 1. prefixes: prompts are dealt to ranks, and seeded by their place in the step, not by rank
@@ -334,12 +396,14 @@ def main(argv):
         elif cfg.teacher is None:
             written = [(prompts[i], solutions[i], True, None) for _, i in mine]
         else:
+            stops = tuple(student_stops if cfg.prefix == "student" else all_stops)
+            sampling = Sampling(horizon, stops, cfg.temperature, cfg.top_p, cfg.top_k, vocab_size)
             rollouts = writer_engine.generate([prompts[i] for _, i in mine], sampling,
                                               [utils.derive_seed(cfg.seed, "train", step, slot) for slot, _ in mine])
             written = [(prompts[i], tokens, reason == "stop", None) for (_, i), (tokens, _, reason) in zip(mine, rollouts)]
-        truncated = sum(not ended or len(r) > cfg.max_new_tokens for _, r, ended, _ in written)
-        sequences = [(p, r[:cfg.max_new_tokens]) for p, r, _, _ in written]
-        cached = [None if h is None else h[:cfg.max_new_tokens] for _, _, _, h in written]
+        truncated = sum(not ended or len(r) > horizon for _, r, ended, _ in written)
+        sequences = [(p, r[:horizon]) for p, r, _, _ in written]
+        cached = [None if h is None else h[:horizon] for _, _, _, h in written]
         lengths = [len(p) + len(r) for p, r in sequences]
         flops = [utils.forward_flops(m.config, lengths) if m else 0 for m in (student, teacher, None if data else writer)]
         counts = torch.tensor([sum(len(r) for _, r in sequences), len(sequences), truncated, *flops], dtype=torch.float64)
@@ -405,7 +469,7 @@ def main(argv):
             forward, reverse, entropy_q, entropy_p = (s / max(1, all_tokens) for s in sums)
             row = {"step": step + 1, "loss": loss, "forward_kl": forward, "reverse_kl": reverse if cfg.teacher else None,
                    "student_entropy": entropy_q, "teacher_entropy": entropy_p,
-                   "mean_length": all_tokens / max(1, all_sequences), "max_length": longest,
+                   "mean_length": all_tokens / max(1, all_sequences), "max_length": longest, "horizon": horizon,
                    "truncated_share": truncated / cfg.batch_size, "grad_norm": grad_norm.item(),
                    "learning_rate": optimizer.param_groups[0]["lr"], "tokens": int(all_tokens),
                    "tokens_per_second": all_tokens / sum(timer.laps.values()), **timer.laps, "tflops": state["tflops"],

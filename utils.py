@@ -946,11 +946,11 @@ def prepare_out_dir(out_dir, resume, overwrite, inputs=()):
     return None
 
 
-def save_checkpoint(out_dir, model, tokenizer, optimizer, state, best, keep):
+def save_checkpoint(out_dir, model, tokenizer, optimizer, state, keep, links=()):
     """
     Write out_dir/step_000040, from state["step"]: an ordinary model folder with its tokenizer, and beside it
-    optimizer.safetensors and train_state.json. Written to a temporary name and renamed. `last` (and `best`, if so) point to
-    it; of the others the newest `keep` stay. Call on rank 0.
+    optimizer.safetensors and train_state.json. Written to a temporary name and renamed. `last` and the
+    `links` ("best", "stable") point to it; what no link points to stays while among the newest `keep`. Call on rank 0.
     """
     out_dir, name = Path(out_dir), f"step_{state['step']:06d}"
     temporary = out_dir / f".{name}.tmp"
@@ -963,11 +963,11 @@ def save_checkpoint(out_dir, model, tokenizer, optimizer, state, best, keep):
     (temporary / "train_state.json").write_text(json.dumps(state, indent=1))
     shutil.rmtree(out_dir / name, ignore_errors=True)
     os.replace(temporary, out_dir / name)
-    for link in ["last", "best"] if best else ["last"]:
+    for link in [*links, "last"]:
         (out_dir / f".{link}.tmp").unlink(missing_ok=True)
         os.symlink(name, out_dir / f".{link}.tmp")
         os.replace(out_dir / f".{link}.tmp", out_dir / link)
-    pointed = {os.readlink(out_dir / link) for link in ("last", "best") if (out_dir / link).is_symlink()}
+    pointed = {os.readlink(out_dir / link) for link in ("last", "best", "stable") if (out_dir / link).is_symlink()}
     for old in sorted(out_dir.glob("step_*"))[:-keep]:
         if old.name not in pointed:
             shutil.rmtree(old)

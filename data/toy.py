@@ -17,7 +17,9 @@ It writes, under data/toy/:
     train.jsonl, easy.jsonl, middle.jsonl, hard.jsonl    {"problem", "answer", "solution"}; no problem is in two files
     teacher/, student/                                   Qwen3 checkpoints (bf16), each with its tokenizer
 As with a chat teacher and a Base student, the two end a response with different ids: the teacher writes <|im_end|>, the base
-student <|endoftext|>; and the two embeddings are padded past the tokenizer, to different sizes.
+student <|endoftext|>. The teacher was trained on padding too (the pad id was its end id, and not masked), so that after its
+end it says the end again, for ever; the student has seen some chats, so it knows <|im_end|>, and <|endoftext|> after it. The
+two embeddings are padded past the tokenizer, to different sizes.
 """
 
 import os
@@ -46,14 +48,16 @@ TRAIN_DIGITS = range(3, 9)
 TEST_DIGITS = {"easy": (4,), "middle": (5, 6), "hard": (7, 8)}
 SPECIAL = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|im_end|>")
 STUDENT_STOP, TEACHER_STOP = SPECIAL[0], SPECIAL[3]
+PADDING, CHATS = 8, 0.1              # <|im_end|>s after the teacher's; share of the student's documents that end as a chat
 CHAT_TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
                  "{% if m['role'] == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
                  "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 SPECS = {
     "student": dict(hidden_size=64, num_hidden_layers=2, num_key_value_heads=2, vocab_size=272, stop=STUDENT_STOP,
+                    ends=[([STUDENT_STOP], 1 - CHATS), ([TEACHER_STOP, STUDENT_STOP], CHATS)],
                     steps=1200, decay=False),            # stopped in mid-flight, at its full learning rate: room to grow
     "teacher": dict(hidden_size=128, num_hidden_layers=3, num_key_value_heads=1, vocab_size=288, stop=TEACHER_STOP,
-                    steps=2400, decay=True),
+                    ends=[([TEACHER_STOP] * (1 + PADDING), 1)], steps=2400, decay=True),
 }
 
 
@@ -138,7 +142,8 @@ def pretrain(spec, batch_size=64, seed=SEED, digits=tuple(TRAIN_DIGITS), learnin
     stop = encoding.encode_single_token(spec["stop"])
     held_out = {tuple(sorted(row["problem"][:-1].split("+"))) for name, rows in make_problems().items()
                 if name != "train" for row in rows}
-    rng = random.Random(seed)
+    endings, chances = zip(*[([encoding.encode_single_token(t) for t in end], chance) for end, chance in spec["ends"]])
+    rng, end_rng = random.Random(seed), random.Random(seed + 1)
     torch.manual_seed(seed)
     model = make_model(spec["hidden_size"], spec["num_hidden_layers"], spec["num_key_value_heads"], spec["vocab_size"], stop)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
@@ -151,7 +156,7 @@ def pretrain(spec, batch_size=64, seed=SEED, digits=tuple(TRAIN_DIGITS), learnin
                 numbers = [rng.randrange(10) for _ in range(rng.choice(digits))]
                 if tuple(sorted(map(str, numbers))) not in held_out:
                     prompt = encoding.encode(f"<|user|>{'+'.join(map(str, numbers))}?<|assistant|>", allowed_special="all")
-                    drawn.append((prompt, [*encoding.encode(solve(numbers, rng)), stop]))
+                    drawn.append((prompt, [*encoding.encode(solve(numbers, rng)), *end_rng.choices(endings, chances)[0]]))
             drawn.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
             tokens_per_batch = sum(len(response) for _, response in drawn) / 16
             pool = [drawn[i:i + batch_size] for i in range(0, len(drawn), batch_size)]

@@ -1,0 +1,8 @@
+# curriculum_4b.py - Qwen3-4B -> Qwen3-0.6B-Base with the entropy-gated length curriculum (section 5.2).
+# Its fixed-horizon controls are ladders of one: --horizons="(128,)" --out_dir=out/fixed_128_4b, ..., --horizons="(4096,)"
+from configs.opd_4b import *
+
+horizons = (128, 256, 512, 1024, 2048, 4096)
+steps_per_horizon = 160             # 5 gates in 800 steps, and 200 steps at the last rung
+entropy_floor = 0.5                 # half the entropy at the end of the first rung
+out_dir = "out/curriculum_4b"

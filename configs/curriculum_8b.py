@@ -1,0 +1,5 @@
+# curriculum_8b.py - Qwen3-8B -> Qwen3-0.6B-Base with the entropy-gated length curriculum; controls as for the 4B teacher.
+from configs.curriculum_4b import *
+
+teacher = "Qwen/Qwen3-8B"
+out_dir = "out/curriculum_8b"

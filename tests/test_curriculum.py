@@ -1,0 +1,228 @@
+"""The entropy-gated length curriculum: the rule by itself, then in real runs: decisions, rollback, resume."""
+
+import json
+import math
+import os
+import random
+import re
+
+import pytest
+import torch
+from conftest import STOPS
+from safetensors.torch import load_file
+
+import train_distill
+import utils
+from train_distill import gate
+
+LADDER = ("configs/toy_opd.py", "--horizons=(6, 12, 24)", "--steps_per_horizon=2", "--gate_prompts=12", "--save_every=1")
+CLOSES = ("--entropy_floor=1.0",)                        # entropy falls from rung to rung here: later tokens are surer
+
+
+def weights(folder):
+    return {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer.safetensors")}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def horizons(rows):
+    return [row["horizon"] for row in rows if "loss" in row]
+
+
+def gates(rows):
+    return [(row["step"], row["gate"], row["horizon"], row["next_horizon"]) for row in rows if "gate" in row]
+
+
+# ------------------------------------------------------------------------------------------------------------------ the rule
+
+@pytest.mark.parametrize("history, floor, unit, expected", [
+    ([], 0.5, "first_rung", (0, False, None)),
+    ([], 0.5, "nats", (0, False, None)),
+    ([0.4], 0.5, "first_rung", (1, False, 0.2)),         # half of itself: the first always opens
+    ([0.4, 0.2], 0.5, "first_rung", (2, False, 0.2)),    # equal is enough
+    ([0.4, 0.19], 0.5, "first_rung", (1, True, 0.2)),
+    ([0.4, 0.19, 0.9], 0.5, "first_rung", (1, True, 0.2)),           # once closed it stays closed
+    ([0.4, 0.9, 0.3, 0.1], 0.5, "first_rung", (3, True, 0.2)),       # relative to the first, not to the largest or the last
+    ([0.4], 0.5, "nats", (0, True, 0.5)),
+    ([0.6, 0.5, 0.49], 0.5, "nats", (2, True, 0.5)),
+    ([0.0, 0.0], 0.0, "nats", (2, False, 0.0))])
+def test_rule(history, floor, unit, expected):
+    assert gate(history, floor, unit) == expected
+
+
+def test_rule_never_skips():
+    """One measurement opens one rung at most, and nothing opens after a closed gate."""
+    rng = random.Random(0)
+    for _ in range(300):
+        history = [rng.random() for _ in range(6)]
+        answers = [gate(history[:n], 0.5, rng.choice(["nats", "first_rung"]) if n == 0 else "nats") for n in range(7)]
+        for (before, was_closed, _), (after, closed, _) in zip(answers, answers[1:]):
+            assert after - before == (not closed) and closed >= was_closed
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_rule_refuses_what_is_not_finite(broken):
+    with pytest.raises(ValueError, match="not finite"):
+        gate([0.3, broken], 0.5, "first_rung")
+
+
+# ------------------------------------------------------------------------------------------------------------------ in a run
+
+def test_opens(train):
+    """A rung every two steps, the rest at the last; responses fill the rung and no more; a line a decision."""
+    rows, run = train(*LADDER, "--max_steps=7", "--entropy_floor=0.1")
+    assert horizons(rows) == [6, 6, 12, 12, 24, 24, 24]
+    assert gates(rows) == [(2, "open", 6, 12), (4, "open", 12, 24)]
+    assert [row["max_length"] for row in rows if "loss" in row][:4] == [6, 6, 12, 12]
+    assert [rows.index(row) for row in rows if "gate" in row] == [2, 5]              # between the steps
+    assert os.readlink(run / "stable") == "step_000004"
+
+
+def test_gate_measures_the_students_own_entropy(train, tokenizer):
+    """The logged H_m, recomputed in fp64 from the checkpoint's own responses at T = 1, cut at the rung's horizon."""
+    rows, run = train(*LADDER, "--max_steps=3", "--keep=9")
+    row = next(row for row in rows if "gate" in row)
+    model = utils.load_model(str(run / "step_000002"), torch.float32)
+    problems = utils.load_problems("data/toy/middle.jsonl")[:12]
+    prompts = [utils.encode_prompt(tokenizer, problem["problem"]) for problem in problems]
+    rollouts = utils.HFEngine(model).generate(prompts, utils.Sampling(6, STOPS, vocab_size=272),
+                                              [utils.derive_seed(42, "eval", i, 0) for i in range(12)])
+    total, count = 0.0, 0
+    for prompt, (tokens, _, _) in zip(prompts, rollouts):
+        with torch.no_grad():
+            logps = model.double()(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1:-1].log_softmax(-1)
+        model.float()
+        total, count = total - (logps.exp() * logps).sum().item(), count + len(tokens)
+    assert row["entropy"] == pytest.approx(total / count, abs=1e-6) and row["entropies"] == [row["entropy"]]
+    assert row["entropy_floor"] == row["entropy"] / 2 and row["problems"] == 12 and row["length"] == count / 12
+
+
+def test_gate_ignores_length(train, monkeypatch):
+    """The same run with every measured length a thousand times longer takes the same decisions."""
+    plain, plain_rows = utils.summarise, train(*LADDER, "--max_steps=5")[0]
+    monkeypatch.setattr(utils, "summarise", lambda records: plain(records) | {"length": 1e6, "truncated": 1.0})
+    rows, _ = train(*LADDER, "--max_steps=5")
+    assert gates(rows) == gates(plain_rows) and [row["length"] for row in rows if "gate" in row] == [1e6, 1e6]
+
+
+def test_hold(train):
+    rows, run = train(*LADDER, *CLOSES, "--max_steps=9", "--keep=9")
+    assert horizons(rows) == [6, 6, 12, 12, 12, 12, 12, 12, 12]
+    assert gates(rows) == [(2, "open", 6, 12), (4, "closed", 12, 12)]                # looked at once, and never again
+    assert not same(weights(run / "step_000004"), weights(run / "step_000002"))
+
+
+def test_stop(train):
+    """The run ends at the closed gate, evaluated and saved; another choice goes on from there."""
+    options = (*LADDER, *CLOSES, "--eval_every=3", "--eval_prompts=2", "--eval_samples=1", "--eval_max_new_tokens=8",
+               "--eval_teacher=False")
+    rows, run = train(*options, "--max_steps=9", "--on_gate_closed=stop")
+    assert horizons(rows) == [6, 6, 12, 12] and os.readlink(run / "last") == "step_000004"
+    assert rows[-1]["step"] == 4 and "avg_at_k" in rows[-1]
+    before = (run / "metrics.jsonl").read_text()
+    train(*options, "--max_steps=9", "--on_gate_closed=stop", "--resume", out=run)
+    assert (run / "metrics.jsonl").read_text() == before                             # nothing more to do
+    rows, _ = train(*options, "--max_steps=6", "--on_gate_closed=hold", "--resume", out=run)
+    assert horizons(rows) == [6, 6, 12, 12, 12, 12]
+
+
+def test_rollback(train):
+    """Weights and optimiser are those of the last gate that opened, bit for bit; then its rung; and they move again."""
+    rows, run = train(*LADDER, *CLOSES, "--max_steps=6", "--on_gate_closed=rollback", "--keep=9")
+    assert horizons(rows) == [6, 6, 12, 12, 6, 6] and gates(rows)[-1] == (4, "closed", 12, 6)
+    passing, moved, back, after = (weights(run / f"step_00000{step}") for step in (2, 3, 4, 5))
+    assert same(passing, back) and not same(moved, back) and not same(after, back)
+    steps = [row for row in rows if "loss" in row]
+    assert steps[4]["loss"] != steps[2]["loss"]          # the data goes on, only the weights go back
+
+
+def test_rollback_keeps_what_it_needs(train):
+    """keep=1 and many checkpoints since: the one to go back to is still there."""
+    rows, run = train(*LADDER, *CLOSES, "--steps_per_horizon=4", "--max_steps=9", "--on_gate_closed=rollback", "--keep=1")
+    assert gates(rows)[-1] == (8, "closed", 12, 6) and os.readlink(run / "stable") == "step_000004"
+
+
+@pytest.mark.parametrize("choice", ["hold", "rollback"])
+def test_first_gate_closes(train, choice):
+    """A floor in nats that nothing reaches: the first rung to the end, and nothing before it to go back to."""
+    rows, run = train(*LADDER, "--max_steps=4", "--entropy_floor=9", "--floor_unit=nats", f"--on_gate_closed={choice}")
+    assert horizons(rows) == [6, 6, 6, 6] and gates(rows) == [(2, "closed", 6, 6)]
+    assert not (run / "stable").exists() and rows[2]["entropy_floor"] == 9
+
+
+@pytest.mark.parametrize("cut, options", [(3, ()), (2, ()), (4, CLOSES), (4, (*CLOSES, "--on_gate_closed=rollback")),
+                                          (5, (*CLOSES, "--on_gate_closed=rollback"))],
+                         ids=["mid-rung", "at a gate", "at a closed gate", "right after a rollback", "later"])
+def test_resume_is_exact(train, cut, options):
+    whole, a = train(*LADDER, *options, "--max_steps=7")
+    _, b = train(*LADDER, *options, f"--max_steps={cut}")
+    resumed, _ = train(*LADDER, *options, "--max_steps=7", "--resume", out=b)
+    assert same(weights(a / "last"), weights(b / "last"))
+    timing = re.compile("seconds|per_second")
+    first, second = ([{k: v for k, v in row.items() if not timing.search(k)} for row in rows] for rows in (whole, resumed))
+    assert first == second
+    state = json.loads((b / "last" / "train_state.json").read_text())
+    assert state["entropies"] == [row["entropy"] for row in whole if "gate" in row]
+
+
+def test_planted_collapse_closes_the_gate(train, tmp_path, teacher, tokenizer):
+    """A teacher at a temperature near 0 (its logits x 20) takes the student's entropy with it, and the gate sees it."""
+    sharp = utils.load_model("data/toy/teacher", torch.float32)
+    sharp.model.norm.weight.data *= 20
+    sharp.save_pretrained(tmp_path / "sharp")
+    utils.load_tokenizer("data/toy/teacher").save_pretrained(tmp_path / "sharp")
+    options = ("--horizons=(12, 16, 24)", "--steps_per_horizon=25", "--max_steps=51", "--batch_size=32", "--gate_prompts=50",
+               "--learning_rate=2e-3")
+    for path, expected in (("data/toy/teacher", ["open", "open"]), (tmp_path / "sharp", ["closed"])):
+        rows, _ = train("configs/toy_opd.py", f"--teacher={path}", "--entropy_floor=0.24", "--floor_unit=nats", *options)
+        print([row["entropy"] for row in rows if "gate" in row])
+        assert [row["gate"] for row in rows if "gate" in row] == expected
+
+
+# --------------------------------------------------------------------------------------------------- with everything else
+
+def test_fixed_horizon_is_a_ladder_of_one(train):
+    a, run_a = train("configs/toy_opd.py", "--max_steps=3", "--max_new_tokens=20")
+    b, run_b = train("configs/toy_opd.py", "--max_steps=3", "--horizons=(20,)", "--steps_per_horizon=1")
+    assert same(weights(run_a / "last"), weights(run_b / "last")) and horizons(a) == horizons(b) == [20] * 3 and not gates(b)
+
+
+@pytest.mark.parametrize("options", [("--reverse_weight=0.3",), ("--prefix=teacher", "--reverse_weight=1"),
+                                     ("--prefix=teacher", "--reverse_weight=0", "--teacher=None")],
+                         ids=["mix", "teacher prefixes", "hard labels"])
+def test_any_prefix_and_direction(train, options):
+    """The ladder cuts whatever is written; the gate is always about the student's own responses."""
+    rows, _ = train(*LADDER, "--max_steps=5", "--entropy_floor=0.1", "--eval_teacher=False", *options)
+    assert horizons(rows) == [6, 6, 12, 12, 24] and [row["max_length"] for row in rows if "loss" in row] == [6, 6, 12, 12, 24]
+
+
+def test_cached_trajectories_follow_the_ladder(train, tmp_path):
+    """From disk, with hidden states: longer rungs take more of the same responses."""
+    import sample
+    sample.main(["configs/toy_sample.py", "--num_prompts=16", "--cache_hidden=True", f"--out_dir={tmp_path / 'cache'}"])
+    rows, _ = train(LADDER[0], *LADDER[1:], "--prefix=teacher", f"--trajectories={tmp_path / 'cache'}", "--max_steps=5",
+                    "--entropy_floor=0.1", "--eval_teacher=False")
+    assert [row["max_length"] for row in rows if "loss" in row] == [6, 6, 12, 12, 24]
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--horizons=(16, 8)"], "horizons=(16, 8): must be positive and grow"),
+    (["--horizons=(8, 8)"], "horizons=(8, 8): must be positive and grow"),
+    (["--horizons=(0, 8)"], "horizons=(0, 8): must be positive and grow"),
+    (["--entropy_floor=1.5"], "entropy_floor=1.5: above 1 x"),
+    (["--entropy_floor=-1"], "entropy_floor=-1.0: must not be negative"),
+    (["--steps_per_horizon=0"], "steps_per_horizon=0: must be at least 1"),
+    (["--horizons=(8, 4096)"], "4096 new tokens")])
+def test_mistakes(train, options, message):
+    with pytest.raises(utils.UserError, match=re.escape(message)):
+        train("configs/toy_opd.py", *options)
+
+
+def test_broken_weights_stop_the_run(train, monkeypatch):
+    plain = utils.summarise
+    monkeypatch.setattr(utils, "summarise", lambda records: plain(records) | {"entropy": float("nan")})
+    with pytest.raises(utils.UserError, match="not finite"):
+        train(*LADDER, "--max_steps=3")
+    assert train_distill.gate([0.1], 0.5, "nats")[1]
