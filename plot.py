@@ -51,6 +51,12 @@ def draw(rows, names, out, x="step"):
     """rows: {title: {label: run}}, a row of panels each, a panel a name; training curves raw and as means of 10 steps."""
     size = (4 * len(names), 3.2 * len(rows))
     fig, axes = plt.subplots(len(rows), len(names), figsize=size, layout="constrained", squeeze=False)
+    for name in names:
+        if not any(run["student"] if name in EVAL_KEYS else any(name in row for row in run["steps"][:1])
+                   for runs in rows.values() for run in runs.values()):
+            known = sorted({*EVAL_KEYS, *(key for runs in rows.values() for run in runs.values() for row in run["steps"][:1]
+                                          for key in row)})
+            sys.exit(f"error: no run has {name!r}; known here: {', '.join(known)}")
     for (title, runs), panels in zip(rows.items(), axes):
         for axis, name in zip(panels, names):
             draw_panel(axis, runs, name, x)
@@ -63,7 +69,7 @@ def draw(rows, names, out, x="step"):
 
 
 def draw_panel(axis, runs, name, x):
-    drawn = named = False
+    named = False
     for i, (label, run) in enumerate(runs.items()):
         color = f"C{i % 10}"
         if name in EVAL_KEYS:
@@ -81,10 +87,6 @@ def draw_panel(axis, runs, name, x):
             means = [sum(values[max(0, j - 9):j + 1]) / len(values[max(0, j - 9):j + 1]) for j in range(len(values))]
             axis.plot([x for x, _ in points], values, color=color, alpha=0.25, lw=1)
             axis.plot([x for x, _ in points], means, color=color, label=label)
-        drawn |= bool(points)
-    if not drawn:
-        known = sorted({*EVAL_KEYS, *(key for run in runs.values() for key in (run["steps"] or [{}])[0])})
-        sys.exit(f"error: no run has {name!r}; known here: {', '.join(known)}")
     axis.set_xlabel(UNITS.get(x, x))
     axis.grid(alpha=0.3)
     if name in ("accuracy", "pass", "truncated"):

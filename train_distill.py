@@ -18,7 +18,7 @@ the trajectories or the solutions in the prompt file: the Monte-Carlo form of fo
 
 horizons = (128, 256, ...) is the entropy-gated length curriculum (section 5.2), for any prefix and direction: after
 steps_per_horizon steps on a rung the next one opens only if the entropy of the student's own responses, to held-out prompts and
-as long as the rung, is above a floor.
+as long as the rung, has not fallen below a floor.
 
 Where the paper (arXiv 2605.16826) is silent or contradicts itself, we
   - take the KL over the full vocabulary (its appendix D speaks of a sampled estimate, its sections 3 and G.4 of the full one);
@@ -75,8 +75,8 @@ class Config:
     steps_per_horizon: int = 160                         # updates on a rung before its gate; the last rung has the rest
     gate_prompts: int = 200                              # the first so many of eval_data; one response each at T = 1, top_p and
                                                          # top_k as above, as long as the rung's horizon
-    entropy_floor: float = 0.5                           # H_min, in nats per token or
-    floor_unit: Literal["first_rung", "nats"] = "first_rung"     # ... in entropies at the end of the first rung
+    entropy_floor: float = 0.5                           # H_min: a fraction of the first rung's entropy at its end, or nats
+    floor_unit: Literal["first_rung", "nats"] = "first_rung"
     on_gate_closed: Literal["hold", "stop", "rollback"] = "hold"     # go on at the rung that failed; end there; or go back to
                                                          # weights, optimiser and horizon of the rung before, if any, and go on
     # optimisation
@@ -142,17 +142,16 @@ def gate(entropies, floor, unit):
 
         rung m + 1 opens  iff  H_i >= H_min for every i <= m;        H_min = floor ("nats") or floor * H_0 ("first_rung")
 
-    Length plays no part. Returns (rungs that passed, whether the gate is closed, H_min); (0, False, None) before the first
-    measurement. ValueError when an entropy is not finite.
+    So once closed it stays closed, and length plays no part. Returns (whether the next rung opens, H_min); (False, None) before
+    the first measurement. UserError (a ValueError) when an entropy is not finite.
     """
+    if not entropies:
+        return False, None
     if not all(map(math.isfinite, entropies)):
         raise UserError(f"the gate measured entropies {entropies}: not finite, so the weights are broken; start again from an "
                         f"earlier checkpoint with a lower learning_rate")
-    if not entropies:
-        return 0, False, None
     h_min = floor * entropies[0] if unit == "first_rung" else floor
-    passed = next((m for m, h in enumerate(entropies) if h < h_min), len(entropies))
-    return passed, passed < len(entropies), h_min
+    return min(entropies) >= h_min, h_min
 
 
 class Trajectories:
@@ -203,7 +202,7 @@ class Trajectories:
             longest = (torch.minimum(ends, prompt_ends + horizon) - begins).max().item()
             if longest > positions:
                 raise UserError(f"{path} has sequences of {longest} tokens, which pass max_position_embeddings={positions}; "
-                                f"lower max_new_tokens")
+                                f"lower max_new_tokens or horizons")
             if (largest := small["tokens"].max().item()) >= vocab_size:
                 raise UserError(f"{path} holds id {largest}, the smaller vocabulary ends at {vocab_size - 1}: choose models of "
                                 f"one family, or sample with --student, which leaves such ids out")
@@ -260,7 +259,7 @@ def main(argv):
     inputs = (cfg.student, cfg.teacher, cfg.prompts, cfg.eval_data, cfg.trajectories)
     checkpoint = utils.prepare_out_dir(cfg.out_dir, cfg.resume, cfg.overwrite, inputs)
     state = {"script": "train_distill", "student": cfg.student, "step": 0, "tflops": 0.0, "best": -1.0, "own_stops": None,
-             "entropies": [], "rung_began": 0}           # the curriculum's history
+             "entropies": [], "rung": 0, "rung_began": 0, "closed": False}                             # the curriculum's
     if checkpoint:
         state |= utils.read_train_state(checkpoint, "train_distill")
         if state["student"] != cfg.student:
@@ -274,8 +273,7 @@ def main(argv):
                         f"written: their order would change; start a new run from its weights with --student={checkpoint}")
     problems = utils.load_problems(cfg.prompts) if data is None else []
     ladder = cfg.horizons or (cfg.max_new_tokens,)       # a fixed horizon is a ladder of one
-    held_out = max(cfg.eval_prompts * (cfg.eval_every > 0), cfg.gate_prompts * (len(ladder) > 1))
-    eval_problems = utils.load_problems(cfg.eval_data)[:held_out] if held_out else []
+    held_out = utils.load_problems(cfg.eval_data) if cfg.eval_every or len(ladder) > 1 else []
 
     # models: fp32 masters for the student, the compute dtype for the teacher, of which its head is enough for cached states
     dtype = getattr(torch, cfg.dtype)
@@ -308,10 +306,12 @@ def main(argv):
     else:
         encoded = utils.usable_prompts(cfg.prompts, problems, template, ladder[-1], *limits)
         prompts = list(encoded.values())
-    if held_out:
-        longest = max(cfg.eval_max_new_tokens, ladder[-1] if len(ladder) > 1 else 0)
-        encoded_eval = utils.usable_prompts(cfg.eval_data, eval_problems, template, longest, *limits)
-        eval_problems, eval_prompts = [eval_problems[i] for i in encoded_eval], list(encoded_eval.values())
+
+    def first(n, horizon):
+        usable = utils.usable_prompts(cfg.eval_data, held_out[:n], template, horizon, *limits)
+        return [held_out[i] for i in usable], list(usable.values())
+    eval_set = first(cfg.eval_prompts, cfg.eval_max_new_tokens) if cfg.eval_every else None
+    gate_set = first(cfg.gate_prompts, ladder[-1]) if len(ladder) > 1 else None
     if cfg.teacher is None and data is None:
         if without := [problems[i]["problem"][:40] for i in encoded if not (problems[i]["solution"] or "").strip()]:
             raise UserError(f"{cfg.prompts}: teacher=None trains on solutions, and problem {without[0]!r} has none; add a "
@@ -334,56 +334,58 @@ def main(argv):
     if chief:
         print(f"{len(data)} trajectories" if data else f"{len(prompts)} prompts", end="")
         print(f", {world} process(es) on {device.type}, from step {state['step']}")
+        if gate_set and cfg.max_steps <= (climb := cfg.steps_per_horizon * (len(ladder) - 1)):
+            print(f"warning: max_steps={cfg.max_steps}: horizon {ladder[-1]} opens after {climb} steps at the earliest")
 
-    def measure(engine, model, name, step, sampling, n=cfg.eval_prompts, samples=cfg.eval_samples):
-        metrics, records = utils.evaluate(engine, model, template, eval_problems[:n], eval_prompts[:n], sampling, samples,
-                                          cfg.seed, cfg.max_tokens_per_microbatch, rank, world, dtype)
-        if name:
-            utils.log_evaluation(cfg.out_dir, step, name, metrics, records, chief)
+    def measure(engine, model, name, step, stops):
+        how = dataclasses.replace(eval_sampling, stop_ids=tuple(stops))
+        metrics, records = utils.evaluate(engine, model, template, *eval_set, how, cfg.eval_samples, cfg.seed,
+                                          cfg.max_tokens_per_microbatch, rank, world, dtype)
+        utils.log_evaluation(cfg.out_dir, step, name, metrics, records, chief)
         return metrics
 
     start_step = state["step"]
     for step in range(start_step, cfg.max_steps + 1):        # step = updates done so far; the last pass only evaluates
         student_engine.sync(student)
-        fresh = not (checkpoint and step == start_step)  # a resumed run has looked, evaluated and saved there already
-        # the curriculum: one look at the gate, at the end of a rung
-        passed, closed, h_min = gate(state["entropies"], cfg.entropy_floor, cfg.floor_unit)
-        looks = fresh and not closed and passed + 1 < len(ladder) and step >= state["rung_began"] + cfg.steps_per_horizon
-        if looks:
-            how = Sampling(ladder[passed], tuple(student_stops), 1.0, cfg.top_p, cfg.top_k, vocab_size)
-            seen = measure(student_engine, student, None, step, how, cfg.gate_prompts, samples=1)
+        fresh = not (checkpoint and step == start_step)  # else a resumed run has looked, evaluated and saved there already
+        rung = min(state["rung"], len(ladder) - 1)
+        looks = fresh and not state["closed"] and rung + 1 < len(ladder) and step >= state["rung_began"] + cfg.steps_per_horizon
+        if looks:                                        # the curriculum: one look at the gate, at the end of a rung
+            how = Sampling(ladder[rung], tuple(student_stops), 1.0, cfg.top_p, cfg.top_k, vocab_size)
+            seen, records = utils.evaluate(student_engine, student, template, *gate_set, how, 1, cfg.seed,
+                                           cfg.max_tokens_per_microbatch, rank, world, dtype)
             state["entropies"].append(seen["entropy"])
-            passed, closed, h_min = gate(state["entropies"], cfg.entropy_floor, cfg.floor_unit)
-            if not closed:
-                state["rung_began"] = step
-            elif passed and cfg.on_gate_closed == "rollback":
-                stable = os.path.join(cfg.out_dir, f"step_{state['rung_began']:06d}")
-                student.load_state_dict(utils.load_model(stable, torch.float32, device).state_dict())
-                utils.load_optimizer(stable, student, optimizer)
-                student_engine.sync(student)
-        horizon = ladder[min(passed, len(ladder) - 1) - (closed and passed > 0 and cfg.on_gate_closed == "rollback")]
-        if looks and chief:
-            numbers = ("entropy", "length", "truncated", "stop_reasons", "problems", "temperature", "top_p", "top_k")
-            row = {"step": step, "gate": "closed" if closed else "open", "on_gate_closed": cfg.on_gate_closed,
-                   "horizon": how.max_new_tokens, "next_horizon": horizon, "entropies": state["entropies"],
-                   "entropy_floor": h_min, **{key: seen[key] for key in numbers}}
-            utils.write_lines(metrics_file, [row])
-            print(f"gate {step:>4} {row['gate']:<8} entropy {seen['entropy']:.3f}  floor {h_min:.3f}  "
-                  f"length {seen['length']:.0f}  horizon {row['horizon']} -> {horizon}", flush=True)
-        over = step == cfg.max_steps or closed and cfg.on_gate_closed == "stop"
+            opens, h_min = gate(state["entropies"], cfg.entropy_floor, cfg.floor_unit)
+            if opens:
+                state |= {"rung": rung + 1, "rung_began": step}
+            else:
+                state["closed"] = True
+                if cfg.on_gate_closed == "rollback" and rung:            # to the checkpoint of the last gate that opened
+                    stable = os.path.join(cfg.out_dir, f"step_{state['rung_began']:06d}")
+                    student.load_state_dict(utils.load_model(stable, torch.float32, device).state_dict())
+                    utils.load_optimizer(stable, student, optimizer)
+                    student_engine.sync(student)
+                    state["rung"] = rung - 1
+            decision = {"gate": "open" if opens else "closed", "on_gate_closed": cfg.on_gate_closed, "horizon": ladder[rung],
+                        "next_horizon": ladder[state["rung"]], "entropies": state["entropies"], "entropy_floor": h_min}
+            utils.log_evaluation(cfg.out_dir, step, "gate", seen | decision, records, chief)
+            if chief:
+                print(f"gate {step:>4} {decision['gate']}: entropy {seen['entropy']:.3f}, floor {h_min:.3f}; horizon "
+                      f"{ladder[rung]} -> {ladder[state['rung']]}", flush=True)
+        horizon = ladder[min(state["rung"], len(ladder) - 1)]
+        over = step == cfg.max_steps or state["closed"] and cfg.on_gate_closed == "stop"
         if fresh:
             is_best = False
             if cfg.eval_every and (step % cfg.eval_every == 0 or over):
                 if step == 0 and cfg.eval_teacher:
-                    how = dataclasses.replace(eval_sampling, stop_ids=tuple(all_stops))
-                    measure(teacher_engine, teacher, "teacher", 0, how)
-                score = measure(student_engine, student, "student", step, eval_sampling)["avg_at_k"]
+                    measure(teacher_engine, teacher, "teacher", 0, all_stops)
+                score = measure(student_engine, student, "student", step, student_stops)["avg_at_k"]
                 is_best = step > 0 and score is not None and score > state["best"]
                 state["best"] = score if is_best else state["best"]
             if chief and step > 0 and (is_best or looks or step % cfg.save_every == 0 or over):
                 utils.save_checkpoint(cfg.out_dir, student, tokenizer, optimizer,
                                       {**state, "step": step, "config": dataclasses.asdict(cfg)}, cfg.keep,
-                                      ["best"] * is_best + ["stable"] * (looks and not closed))
+                                      ["best"] * is_best + ["stable"] * (looks and opens))
         if over:
             break
 
@@ -479,7 +481,8 @@ def main(argv):
             utils.print_row(COLUMNS, row, header=step % 20 == 0 or step == start_step)
 
     if chief:
-        print(f"done: {cfg.out_dir}/last; `python plot.py {cfg.out_dir}` draws the curves and prints a table")
+        why = f"the gate closed at horizon {horizon}, on_gate_closed=stop; " if step < cfg.max_steps else ""
+        print(f"done: {why}{cfg.out_dir}/last; `python plot.py {cfg.out_dir}` draws the curves and prints a table")
 
 
 if __name__ == "__main__":

@@ -238,7 +238,7 @@ def usable_prompts(path, problems, tokenizer, horizon, positions, vocab_size, ve
     usable = {i: ids for i, ids in prompts.items() if len(ids) + horizon <= positions}
     if not usable:
         raise UserError(f"{path}: no usable prompt: {horizon} new tokens and a prompt of {min(map(len, prompts.values()))} or "
-                        f"more pass max_position_embeddings={positions}; lower max_new_tokens or eval_max_new_tokens")
+                        f"more pass max_position_embeddings={positions}; lower max_new_tokens, eval_max_new_tokens or horizons")
     if (largest := max(map(max, usable.values()))) >= vocab_size:
         raise UserError(f"{path}: the chat template writes id {largest}, the smaller vocabulary ends at {vocab_size - 1}; "
                         f"choose models of one family")
@@ -878,7 +878,8 @@ def open_run(cfg, origin, state, rank, world):
         os.makedirs(cfg.out_dir, exist_ok=True)
         print_config(cfg, origin)
         for key, old in state.get("config", {}).items():     # of a resumed run
-            if key not in ("resume", "overwrite", "max_steps", "out_dir") and getattr(cfg, key) != old:
+            now = json.loads(json.dumps(getattr(cfg, key)))      # as JSON has it: a tuple is a list there
+            if key not in ("resume", "overwrite", "max_steps", "out_dir") and now != old:
                 print(f"warning: {key}={getattr(cfg, key)!r} now, {old!r} when the checkpoint was written")
         with open(os.path.join(cfg.out_dir, "run_config.json"), "w") as file:
             json.dump(dataclasses.asdict(cfg), file, indent=1)

@@ -17,9 +17,9 @@ It writes, under data/toy/:
     train.jsonl, easy.jsonl, middle.jsonl, hard.jsonl    {"problem", "answer", "solution"}; no problem is in two files
     teacher/, student/                                   Qwen3 checkpoints (bf16), each with its tokenizer
 As with a chat teacher and a Base student, the two end a response with different ids: the teacher writes <|im_end|>, the base
-student <|endoftext|>. The teacher was trained on padding too (the pad id was its end id, and not masked), so that after its
-end it says the end again, for ever; the student has seen some chats, so it knows <|im_end|>, and <|endoftext|> after it. The
-two embeddings are padded past the tokenizer, to different sizes.
+student <|endoftext|>. The teacher was trained on some padding (as where the pad id is the end id and is not masked), so that
+after its end it says the end again and again; the student has seen some chats, so it knows <|im_end|>, and <|endoftext|> after
+it. The two embeddings are padded past the tokenizer, to different sizes.
 """
 
 import os
