@@ -13,7 +13,7 @@ rl-demo: demo
 	$(BIN)/python rl_grpo.py configs/toy_grpo.py --student=out/toy_opd/last --overwrite
 	$(BIN)/python plot.py out/toy_opd out/toy_grpo --y accuracy entropy length reward_mean --out out/toy_grpo/curves.png
 
-# the paper's comparisons on the toy world, 36 runs (40 minutes on 2 cores), then figures, a table and its claims, in out/cells;
+# the paper's comparisons on the toy world, 36 runs (half an hour on 2 cores), then figures, a table and its claims, in out/cells;
 # paper-toy: and GRPO from eight end points, for each seed. Give the command again after an interruption: finished runs are kept.
 SEEDS ?= 42,43,44
 comma = ,

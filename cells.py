@@ -1,7 +1,7 @@
 """
 The paper's comparisons in miniature: prefix source, KL direction, mixing, horizon, curriculum, for both stop conventions.
 
-    python cells.py                                      # make cells: 36 runs on the toy world, about 40 minutes on 2 cores
+    python cells.py                                      # make cells: 36 runs on the toy world, half an hour on 2 cores
     python cells.py --rl --seeds 42 43 44                # make paper-toy: and GRPO from eight end points, three seeds; hours
 
 Each run is a folder out/cells/SEED/NAME: prefix_lam_horizon_stop; curriculum_stop; strict_stop, a curriculum with a higher
