@@ -6,7 +6,8 @@ The paper's comparisons in miniature: prefix source, KL direction, mixing, horiz
 
 Each run is a folder out/cells/SEED/NAME: prefix_lam_horizon_stop; curriculum_stop; strict_stop, a curriculum with a higher
 floor that rolls back; grpo_prefix_lam_horizon. What is finished is not run again, what was cut short goes on from its last
-checkpoint. Then come figures, table.md and claims.md (the paper's inequalities with our numbers), in out/cells too.
+checkpoint; to have a run again, delete its folder (and GRPO's after it). Then come figures, table.md and claims.md (the paper's
+inequalities with our numbers), in out/cells too.
 
 A = Avg@8, P = Pass@8, H = entropy (nats per token of the model's own responses, full softmax at T = 1), l = length (tokens),
 of the last evaluation; R / F = reverse / forward KL (lam = 1 / 0), S / T = student / teacher prefixes.
@@ -227,6 +228,8 @@ def claims(runs, stop, rl):
     more(12, "l(0.5) > l(0.2)", last("student", 0.5, LONG, L), last("student", 0.2, LONG, L))
     curriculum = runs[f"curriculum_{stop}"]["student"][-1]
     more(13, "A(curriculum) > A(S-R, long)", curriculum[A], last("student", 1, LONG, A))
+    more(13, "A(curriculum) > A(S-R, long), with the curriculum's TFLOPs", curriculum[A],
+         at(runs[name_of("student", 1, LONG, stop)]["student"], curriculum["tflops"]))
     more(13, "P(curriculum) > P(S-R, long)", curriculum[P], last("student", 1, LONG, P))
     more(13, "l(S-R, long) > l(curriculum)", last("student", 1, LONG, L), curriculum[L])
     return rows
