@@ -24,7 +24,8 @@ def figure(monkeypatch, tmp_path, capsys):
 
 def evaluation(step, accuracy, entropy, model="student", **more):
     return {"step": step, "model": model, "avg_at_k": accuracy, "pass_at_k": 1.0, "k": 4, "entropy": entropy,
-            "length": 40.0 + step, "entropy_before_box": 0.3, "entropy_after_box": None, "tokens_after_box": 3.0, "truncated": 0.0, **more}
+            "length": 40.0 + step, "entropy_before_box": 0.3, "entropy_after_box": None, "tokens_after_box": 3.0,
+            "truncated": 0.0, **more}
 
 
 @pytest.fixture
