@@ -35,7 +35,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import utils
-from utils import HFEngine, LocalError, Sampling, UserError
+from utils import LocalError, Sampling, UserError
 
 # benchmark: (file made by data/math.py, problems in it, responses to each in the paper)
 BENCHMARKS = {
@@ -49,13 +49,16 @@ class Config:
     benchmarks: str = "gsm8k,math500,math,amc23,aime24"  # names of the table above or JSONL files, with commas between
     num_problems: int | None = None                      # the first so many of each; None: all
     samples_per_problem: int | None = None               # None: the paper's number, 3 for other files
-    engine: Literal["hf"] = "hf"                         # who decodes: transformers models
+    engine: Literal["auto", "hf", "vllm"] = "auto"       # who decodes: transformers, or vLLM; auto: vLLM on a GPU
     max_new_tokens: int = 8192                           # stop token included
     temperature: float = 0.6
     top_p: float = 0.95
     top_k: int = 0                                       # 0: all tokens
     extra_stop_ids: tuple[int, ...] = ()                 # end a response, as the model's own do: a teacher's, say
-    rollout_rows: int = 32                               # responses decoded together; bounds the KV cache
+    rollout_rows: int = 32                               # responses decoded together; bounds the KV cache of engine="hf"
+    kv_cache_gb: float = 16.0                            # of vLLM
+    rollout_timeout: float = 600.0                       # seconds without a sign of life before vLLM is given up
+    max_logprob_gap: float = 0.05                        # nats, mean over tokens, between log-probs of engine and model
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     max_tokens_per_microbatch: int = 16384               # padded tokens in one forward for the entropies
     window: int = 256                                    # responses sampled, graded and written together: what a kill can cost
@@ -65,7 +68,8 @@ class Config:
     seed: int = 42
 
 
-MAY_CHANGE = ("model", "engine", "rollout_rows", "max_tokens_per_microbatch", "window", "bootstrap", "out_dir", "overwrite")
+MAY_CHANGE = ("model", "engine", "rollout_rows", "kv_cache_gb", "rollout_timeout", "max_logprob_gap",
+              "max_tokens_per_microbatch", "window", "bootstrap", "out_dir", "overwrite")
 NUMBERS = ("index", "sample", "correct", "reason", "length", "entropy_sum", "stop", "tokens_after_box", "entropy_after_box_sum",
            "repetition")                                 # what the summary needs of a record
 
@@ -260,9 +264,10 @@ def main(argv):
     stops = sorted({*utils.stop_ids(model.generation_config, tokenizer), *cfg.extra_stop_ids})
     vocab_size, positions = len(model.get_output_embeddings().weight), model.config.max_position_embeddings
     sampling = Sampling(cfg.max_new_tokens, tuple(stops), cfg.temperature, cfg.top_p, cfg.top_k, vocab_size)
-    engine = {"hf": HFEngine}[cfg.engine](model, dtype, cfg.rollout_rows)
     prompts = {name: utils.usable_prompts(name, problems, tokenizer, cfg.max_new_tokens, positions, vocab_size, chief)
                for name, (problems, _) in benchmarks.items()}
+    longest = max(len(ids) for some in prompts.values() for ids in some.values()) + cfg.max_new_tokens
+    engine = utils.engine_maker(cfg, dtype, vocab_size, longest, device, chief)(model)
 
     # 2. what is done already: lines of samples*.jsonl, with the same settings
     settings = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in MAY_CHANGE}

@@ -35,7 +35,7 @@ import torch.distributed as dist
 
 import utils
 from kernels import linear_logp
-from utils import HFEngine, Sampling, Timer, UserError
+from utils import Sampling, Timer, UserError
 
 
 @dataclasses.dataclass
@@ -44,12 +44,16 @@ class Config:
     prompts: str = "data/deepscaler.jsonl"               # JSONL with problem and answer
     reference: str | None = None                         # the KL is measured to this model; None: to the student at the start
     # rollouts
-    engine: Literal["hf"] = "hf"                         # who decodes: transformers models
+    engine: Literal["auto", "hf", "vllm"] = "auto"       # who decodes: transformers, or vLLM; auto: vLLM on a GPU
     max_new_tokens: int = 4096                           # stop token included
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0                                       # 0: all tokens
-    rollout_rows: int = 32                               # responses decoded together; bounds the KV cache
+    rollout_rows: int = 32                               # responses decoded together; bounds the KV cache of engine="hf"
+    kv_cache_gb: float = 16.0                            # of vLLM; it is given back while the trainer computes
+    rollout_timeout: float = 600.0                       # seconds without a sign of life before vLLM is given up
+    check_sync_every: int = 50                           # steps; then the engine's log-probs are compared with the trainer's
+    max_logprob_gap: float = 0.05                        # nats, mean over tokens: bf16 rounding passes, other weights do not
     # reward and loss
     prompts_per_step: int = 4                            # over all ranks
     group_size: int = 8                                  # responses to each prompt
@@ -98,7 +102,7 @@ def validate(cfg, world):
     need(cfg.prompts_per_step * cfg.group_size >= world, "prompts_per_step",
          f"{cfg.prompts_per_step} x {cfg.group_size} responses leave some of the {world} processes without work; take more")
     for key in ("max_new_tokens", "rollout_rows", "max_tokens_per_microbatch", "eval_prompts", "eval_samples",
-                "eval_max_new_tokens", "save_every", "keep"):
+                "eval_max_new_tokens", "save_every", "keep", "check_sync_every"):
         need(getattr(cfg, key) >= 1, key, "must be at least 1")
     for key in ("max_steps", "warmup_steps", "eval_every", "top_k", "eval_temperature", "weight_decay", "learning_rate",
                 "kl_coef", "clip_high"):
@@ -167,9 +171,10 @@ def main(argv):
     chief = rank == 0                                    # the rank that prints and writes
     checkpoint = utils.prepare_out_dir(cfg.out_dir, cfg.resume, cfg.overwrite, (cfg.student, cfg.prompts, cfg.eval_data,
                                                                                 cfg.reference))
-    state = {"script": "rl_grpo", "student": cfg.student, "reference": None, "step": 0, "tflops": 0.0, "best": -1.0}
+    state = {"script": "rl_grpo", "student": cfg.student, "reference": None, "step": 0, "tflops": 0.0, "best": -1.0,
+             "evaluated": False}
     if checkpoint:
-        state = utils.read_train_state(checkpoint, "rl_grpo")
+        state |= utils.read_train_state(checkpoint, "rl_grpo")
         if state["student"] != cfg.student:
             raise UserError(f"{checkpoint} began from student={state['student']!r}, not {cfg.student!r}; resume with that one, "
                             f"or start a new run from its weights with --student={checkpoint}")
@@ -209,7 +214,9 @@ def main(argv):
         eval_problems, eval_prompts = [eval_problems[i] for i in encoded_eval], list(encoded_eval.values())
     sampling = Sampling(cfg.max_new_tokens, tuple(stops), cfg.temperature, cfg.top_p, cfg.top_k, vocab_size)
     eval_sampling = Sampling(cfg.eval_max_new_tokens, tuple(stops), cfg.eval_temperature, cfg.eval_top_p, 0, vocab_size)
-    engine = {"hf": HFEngine}[cfg.engine](student, dtype, cfg.rollout_rows)
+    longest = max(map(len, [*prompts, *(eval_prompts if cfg.eval_every else [])])) + max(cfg.max_new_tokens,
+                                                                                         cfg.eval_max_new_tokens)
+    engine = utils.engine_maker(cfg, dtype, vocab_size, longest, device, chief)(student)
 
     parameters = list(student.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
@@ -219,22 +226,30 @@ def main(argv):
     if chief:
         print(f"{len(prompts)} prompts, {world} process(es) on {device.type}, from step {state['step']}")
 
+    def save(is_best=False):
+        if chief:
+            utils.save_checkpoint(cfg.out_dir, student, tokenizer, optimizer,
+                                  {**state, "step": step, "config": dataclasses.asdict(cfg)}, cfg.keep, ["best"] * is_best)
+        return f"step {step} is saved: --resume goes on"
+
     start_step = state["step"]
     for step in range(start_step, cfg.max_steps + 1):        # step = batches done so far; the last pass only evaluates
         engine.sync(student)
-        if not (checkpoint and step == start_step):      # a resumed run has evaluated and saved there already
+        fresh = not (step == start_step and state["evaluated"])          # else a resumed run has evaluated and saved there
+        state["evaluated"] = not fresh
+        if fresh:
             is_best = False
             if cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.max_steps):
                 metrics, records = utils.evaluate(engine, student, tokenizer, eval_problems, eval_prompts, eval_sampling,
-                                                  cfg.eval_samples, cfg.seed, cfg.max_tokens_per_microbatch, rank, world, dtype)
+                                                  cfg.eval_samples, cfg.seed, cfg.max_tokens_per_microbatch, rank, world, dtype,
+                                                  save)
                 utils.log_evaluation(cfg.out_dir, step, "student", metrics, records, chief)
                 score = metrics["avg_at_k"]
                 is_best = step > 0 and score is not None and score > state["best"]
                 state["best"] = score if is_best else state["best"]
-            if chief and step > 0 and (is_best or step % cfg.save_every == 0 or step == cfg.max_steps):
-                utils.save_checkpoint(cfg.out_dir, student, tokenizer, optimizer,
-                                      {**state, "step": step, "config": dataclasses.asdict(cfg)}, cfg.keep,
-                                      ["best"] * is_best)
+            state["evaluated"] = True
+            if step > 0 and (is_best or step % cfg.save_every == 0 or step == cfg.max_steps):
+                save(is_best)
         if step == cfg.max_steps:
             break
 
@@ -243,10 +258,11 @@ def main(argv):
         order = utils.prompt_order(len(prompts), step * cfg.prompts_per_step, cfg.prompts_per_step, cfg.seed)
         slots = list(range(cfg.prompts_per_step * cfg.group_size))[rank::world]        # prompt, response = divmod(slot, G)
         asked = [order[slot // cfg.group_size] for slot in slots]
-        rollouts = engine.generate([prompts[i] for i in asked], sampling,
-                                   [utils.derive_seed(cfg.seed, "train", step, slot) for slot in slots])
-        if world > 1:
-            dist.barrier()                               # waiting for the slowest counts as rollout
+        seeds = [utils.derive_seed(cfg.seed, "train", step, slot) for slot in slots]
+        rollouts, gaps = utils.agree(save, engine.generate, [prompts[i] for i in asked], sampling, seeds), {}
+        if step == start_step or step % cfg.check_sync_every == 0:
+            gaps = utils.check_logprobs(engine, student, [prompts[i] for i in asked], rollouts, vocab_size, dtype,
+                                        cfg.max_tokens_per_microbatch)
         timer.lap("rollout")
 
         # 2. rewards, shared with all ranks; advantages within the groups
@@ -313,11 +329,8 @@ def main(argv):
                 gap = (old_logps - sampled).abs().max()
                 extremes = torch.maximum(extremes, torch.stack([-ratio.min(), ratio.max(), gap]))
             if world > 1:
-                gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-                flat = utils.all_reduce(torch.cat([g.flatten() for g in gradients]))
-                for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
-                    p.grad = g.view_as(p)
-                del gradients, flat, g                   # or they would live through the next rollouts
+                for p in parameters:
+                    p.grad = utils.all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
             timer.lap("student")
             norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
             grad_norm = torch.maximum(grad_norm, norm.cpu())
@@ -347,7 +360,7 @@ def main(argv):
                    "masked": int((~in_loss).sum().item()), "student_entropy": entropy / seen, "kl_to_reference": kl / seen,
                    "clip_fraction": clipped / seen, "ratio_min": -lowest if loss_tokens else None,
                    "ratio_max": highest if loss_tokens else None,
-                   "importance_weight": correction / seen, "max_logprob_gap": gap,
+                   "importance_weight": correction / seen, "logprob_gap_max": gap, **gaps,
                    "mean_length": all_tokens / len(cut), "max_length": longest, "truncated_share": cut.mean().item(),
                    "grad_norm": grad_norm.item(), "learning_rate": optimizer.param_groups[0]["lr"], "tokens": int(all_tokens),
                    "tokens_per_second": all_tokens / sum(timer.laps.values()), **timer.laps, "tflops": state["tflops"]}

@@ -42,7 +42,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import utils
-from utils import HFEngine, LocalError, Sampling, UserError
+from utils import LocalError, Sampling, UserError
 
 
 @dataclasses.dataclass
@@ -54,12 +54,15 @@ class Config:
     num_prompts: int | None = None                       # the first so many; None: all
     samples_per_prompt: int = 1
     # rollouts
-    engine: Literal["hf"] = "hf"                         # who decodes: transformers models
+    engine: Literal["auto", "hf", "vllm"] = "auto"       # who decodes: transformers, or vLLM; auto: vLLM on a GPU
     max_new_tokens: int = 4096                           # stop token included
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0                                       # 0: all tokens
-    rollout_rows: int = 64                               # responses decoded together; bounds the KV cache
+    rollout_rows: int = 64                               # responses decoded together; bounds the KV cache of engine="hf"
+    kv_cache_gb: float = 16.0                            # of vLLM
+    rollout_timeout: float = 600.0                       # seconds without a sign of life before vLLM is given up
+    max_logprob_gap: float = 0.05                        # nats, mean over tokens, between log-probs of engine and model
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     # what is kept
     cache_hidden: bool = False                           # the last hidden states too: no teacher forward in training
@@ -77,7 +80,8 @@ class Config:
 
 
 # between runs into one folder; what the three paths name goes in as fingerprints
-MAY_CHANGE = ("model", "student", "prompts", "num_prompts", "samples_per_prompt", "engine", "rollout_rows", "shard_bytes",
+MAY_CHANGE = ("model", "student", "prompts", "num_prompts", "samples_per_prompt", "engine", "rollout_rows",
+              "kv_cache_gb", "rollout_timeout", "max_logprob_gap", "shard_bytes",
               "shard_sequences", "max_tokens_per_microbatch", "expected_length", "out_dir", "overwrite", "prompt", "chat")
 SHARDS = "[0-9][0-9][0-9]_[0-9][0-9][0-9][0-9][0-9]"     # their names, before the suffix
 
@@ -223,7 +227,10 @@ def main(argv):
         del student
     positions = model.config.max_position_embeddings
     sampling = Sampling(cfg.max_new_tokens, tuple(stops), cfg.temperature, cfg.top_p, cfg.top_k, vocab_size)
-    engine = {"hf": HFEngine}[cfg.engine](model, dtype, cfg.rollout_rows)
+    usable = {} if terminal else utils.usable_prompts(cfg.prompts, problems[:cfg.num_prompts], tokenizer, cfg.max_new_tokens,
+                                                      positions, vocab_size, chief)
+    longest = positions if terminal else max(map(len, usable.values())) + cfg.max_new_tokens
+    engine = utils.engine_maker(cfg, dtype, vocab_size, longest, device, chief)(model)
     if cfg.prompt is not None:
         return answer(engine, tokenizer, [{"role": "user", "content": cfg.prompt}], sampling, cfg.seed, positions)
     if cfg.chat:
@@ -238,8 +245,6 @@ def main(argv):
                  "problems": utils.fingerprint(dict(enumerate(p["problem"] for p in problems))),
                  "stop_ids": stops, "vocab_size": vocab_size, "hidden_size": model.config.hidden_size}
     done = set() if cfg.overwrite else finished(out_dir, settings)
-    usable = utils.usable_prompts(cfg.prompts, problems[:cfg.num_prompts], tokenizer, cfg.max_new_tokens, positions,
-                                  vocab_size, chief)
     todo = [(i, j) for i in usable for j in range(cfg.samples_per_prompt) if (i, j) not in done]
     hidden_bytes = model.config.hidden_size * getattr(torch, cfg.hidden_dtype).itemsize if cfg.cache_hidden else 0
     size = len(todo) * (cfg.expected_length or cfg.max_new_tokens) * (8 + hidden_bytes)
@@ -265,14 +270,14 @@ def main(argv):
         dist.barrier()                                   # and none writes before the folder is clean
 
     # 3. sample, a window of prompts at a time so that memory does not grow with their number
-    mine, rows, held, number = todo[rank::world], [], 0, 0
+    mine, rows, held, number, checked = todo[rank::world], [], 0, 0, False
     metadata = {"settings": settings | {"model": cfg.model, "student": cfg.student, "prompts": cfg.prompts},
                 "code": code_version()}
     bar = tqdm(total=len(mine), unit=" responses", disable=not chief, mininterval=1)
     tokens_done, flops, start = 0, 0.0, time.perf_counter()
 
     def flush():
-        nonlocal rows, held, number
+        nonlocal rows, held, number, checked
         while (path := out_dir / f"{rank:03d}_{number:05d}.safetensors").exists():
             number += 1
         hidden = [None] * len(rows) if cfg.cache_hidden else []
@@ -283,6 +288,11 @@ def main(argv):
             part = part.to("cpu", getattr(torch, cfg.hidden_dtype)).split([len(sequences[b][1]) for b in batch])
             for b, h in zip(batch, part):
                 hidden[b] = h.clone()
+        if not checked:                                  # are these the model's log-probs? Before anything is written
+            _, _, asked, responses, logps, _ = zip(*rows[:cfg.rollout_rows])
+            rollouts = [(tokens.tolist(), scores.tolist(), None) for tokens, scores in zip(responses, logps)]
+            utils.check_logprobs(engine, model, asked, rollouts, vocab_size, dtype, cfg.max_tokens_per_microbatch)
+            checked = True
         records = [{"prompt_index": i, "sample": j, "problem": problems[i]["problem"], "answer": problems[i]["answer"],
                     "response": tokenizer.decode(response, skip_special_tokens=True), "length": len(response),
                     "stop": tokenizer.decode(response[-1:]) if reason == "stop" else reason}

@@ -47,7 +47,7 @@ from transformers.utils import cached_file
 
 import utils
 from kernels import linear_kl, linear_logp
-from utils import HFEngine, LocalError, Sampling, Timer, UserError
+from utils import LocalError, Sampling, Timer, UserError
 
 
 @dataclasses.dataclass
@@ -62,14 +62,18 @@ class Config:
     reverse_weight: float = 1.0                          # lam in [0, 1]
     loss_norm: Literal["token", "sequence"] = "token"    # mean over tokens, or mean of per-sequence means
     # rollouts
-    engine: Literal["hf"] = "hf"                         # who decodes: transformers models
+    engine: Literal["auto", "hf", "vllm"] = "auto"       # who decodes: transformers, or vLLM; auto: vLLM on a GPU
     max_new_tokens: int = 4096                           # the horizon, stop token included
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0                                       # 0: all tokens
     stop: Literal["union", "student"] = "union"          # whose stop ids end a student's response
-    rollout_rows: int = 32                               # responses decoded together; bounds the KV cache: 0.6B, 4096 tokens
-                                                         # and 32 rows hold 15 GB
+    rollout_rows: int = 32                               # responses decoded together; bounds the KV cache of engine="hf": 0.6B,
+                                                         # 4096 tokens and 32 rows hold 15 GB
+    kv_cache_gb: float = 16.0                            # of vLLM; it is given back while the trainer computes
+    rollout_timeout: float = 600.0                       # seconds without a sign of life before vLLM is given up
+    check_sync_every: int = 50                           # steps; then the engine's log-probs are compared with the trainer's
+    max_logprob_gap: float = 0.05                        # nats, mean over tokens: bf16 rounding passes, other weights do not
     # entropy-gated length curriculum (section 5.2)
     horizons: tuple[int, ...] = ()                       # rungs, short to long; (): max_new_tokens throughout
     steps_per_horizon: int = 160                         # updates on a rung before its gate; the last rung has the rest
@@ -116,7 +120,7 @@ def validate(cfg, world):
     need(cfg.batch_size >= 1 and cfg.batch_size % world == 0, "batch_size",
          f"must be a positive multiple of the {world} processes; try {max(1, cfg.batch_size // world) * world}")
     for key in ("max_new_tokens", "rollout_rows", "max_tokens_per_microbatch", "eval_prompts", "eval_samples",
-                "eval_max_new_tokens", "steps_per_horizon", "gate_prompts", "save_every", "keep"):
+                "eval_max_new_tokens", "steps_per_horizon", "gate_prompts", "save_every", "keep", "check_sync_every"):
         need(getattr(cfg, key) >= 1, key, "must be at least 1")
     for key in ("max_steps", "warmup_steps", "eval_every", "top_k", "temperature", "eval_temperature", "weight_decay",
                 "learning_rate", "entropy_floor"):
@@ -259,7 +263,7 @@ def main(argv):
     inputs = (cfg.student, cfg.teacher, cfg.prompts, cfg.eval_data, cfg.trajectories)
     checkpoint = utils.prepare_out_dir(cfg.out_dir, cfg.resume, cfg.overwrite, inputs)
     state = {"script": "train_distill", "student": cfg.student, "step": 0, "tflops": 0.0, "best": -1.0, "own_stops": None,
-             "entropies": [], "rung": 0, "rung_began": 0, "closed": False}                             # the curriculum's
+             "looked": False, "entropies": [], "rung": 0, "rung_began": 0, "closed": False}           # the curriculum's
     if checkpoint:
         state |= utils.read_train_state(checkpoint, "train_distill")
         if state["student"] != cfg.student:
@@ -310,8 +314,8 @@ def main(argv):
     def first(n, horizon):
         usable = utils.usable_prompts(cfg.eval_data, held_out[:n], template, horizon, *limits)
         return [held_out[i] for i in usable], list(usable.values())
-    eval_set = first(cfg.eval_prompts, cfg.eval_max_new_tokens) if cfg.eval_every else None
-    gate_set = first(cfg.gate_prompts, ladder[-1]) if len(ladder) > 1 else None
+    eval_set = first(cfg.eval_prompts, cfg.eval_max_new_tokens) if cfg.eval_every else ([], [])
+    gate_set = first(cfg.gate_prompts, ladder[-1]) if len(ladder) > 1 else ([], [])
     if cfg.teacher is None and data is None:
         if without := [problems[i]["problem"][:40] for i in encoded if not (problems[i]["solution"] or "").strip()]:
             raise UserError(f"{cfg.prompts}: teacher=None trains on solutions, and problem {without[0]!r} has none; add a "
@@ -320,9 +324,10 @@ def main(argv):
         solutions = [[*tokenizer.encode(problems[i]["solution"], add_special_tokens=False), end] for i in encoded]
 
     eval_sampling = Sampling(cfg.eval_max_new_tokens, tuple(student_stops), cfg.eval_temperature, cfg.eval_top_p, 0, vocab_size)
-    make_engine = {"hf": HFEngine}[cfg.engine]
-    student_engine = make_engine(student, dtype, cfg.rollout_rows)
-    teacher_engine = make_engine(teacher, dtype, cfg.rollout_rows) if teacher else None
+    longest = max(map(len, [*([] if data else prompts), *(p for _, some in (eval_set, gate_set) for p in some)]), default=0)
+    longest += max(ladder[-1], cfg.eval_max_new_tokens)
+    make_engine = utils.engine_maker(cfg, dtype, vocab_size, longest, device, chief)
+    student_engine, teacher_engine = make_engine(student), make_engine(teacher) if teacher else None
     writer, writer_engine = (student, student_engine) if cfg.prefix == "student" else (teacher, teacher_engine)
 
     parameters = list(student.parameters())
@@ -334,26 +339,36 @@ def main(argv):
     if chief:
         print(f"{len(data)} trajectories" if data else f"{len(prompts)} prompts", end="")
         print(f", {world} process(es) on {device.type}, from step {state['step']}")
-        if gate_set and cfg.max_steps <= (climb := cfg.steps_per_horizon * (len(ladder) - 1)):
+        if len(ladder) > 1 and cfg.max_steps <= (climb := cfg.steps_per_horizon * (len(ladder) - 1)):
             print(f"warning: max_steps={cfg.max_steps}: horizon {ladder[-1]} opens after {climb} steps at the earliest")
 
-    def measure(engine, model, name, step, stops):
+    def save(is_best=False):
+        links = ["best"] * is_best + ["stable"] * (state["rung_began"] == step > 0)      # stable: where a gate has just opened
+        if chief:
+            utils.save_checkpoint(cfg.out_dir, student, tokenizer, optimizer,
+                                  {**state, "step": step, "config": dataclasses.asdict(cfg)}, cfg.keep, links)
+        return f"step {step} is saved: --resume goes on"
+
+    def evaluate(engine, model, held_out, how, samples):
+        return utils.evaluate(engine, model, template, *held_out, how, samples, cfg.seed, cfg.max_tokens_per_microbatch, rank,
+                              world, dtype, save)
+
+    def measure(engine, model, name, stops):
         how = dataclasses.replace(eval_sampling, stop_ids=tuple(stops))
-        metrics, records = utils.evaluate(engine, model, template, *eval_set, how, cfg.eval_samples, cfg.seed,
-                                          cfg.max_tokens_per_microbatch, rank, world, dtype)
+        metrics, records = evaluate(engine, model, eval_set, how, cfg.eval_samples)
         utils.log_evaluation(cfg.out_dir, step, name, metrics, records, chief)
         return metrics
 
     start_step = state["step"]
     for step in range(start_step, cfg.max_steps + 1):        # step = updates done so far; the last pass only evaluates
         student_engine.sync(student)
-        fresh = not (checkpoint and step == start_step)  # else a resumed run has looked, evaluated and saved there already
+        fresh = not (step == start_step and state["looked"])     # else a resumed run has looked, evaluated and saved there
+        state["looked"] = not fresh
         rung = min(state["rung"], len(ladder) - 1)
         looks = fresh and not state["closed"] and rung + 1 < len(ladder) and step >= state["rung_began"] + cfg.steps_per_horizon
         if looks:                                        # the curriculum: one look at the gate, at the end of a rung
             how = Sampling(ladder[rung], tuple(student_stops), 1.0, cfg.top_p, cfg.top_k, vocab_size)
-            seen, records = utils.evaluate(student_engine, student, template, *gate_set, how, 1, cfg.seed,
-                                           cfg.max_tokens_per_microbatch, rank, world, dtype)
+            seen, records = evaluate(student_engine, student, gate_set, how, 1)
             state["entropies"].append(seen["entropy"])
             opens, h_min = gate(state["entropies"], cfg.entropy_floor, cfg.floor_unit)
             if opens:
@@ -378,14 +393,13 @@ def main(argv):
             is_best = False
             if cfg.eval_every and (step % cfg.eval_every == 0 or over):
                 if step == 0 and cfg.eval_teacher:
-                    measure(teacher_engine, teacher, "teacher", 0, all_stops)
-                score = measure(student_engine, student, "student", step, student_stops)["avg_at_k"]
+                    measure(teacher_engine, teacher, "teacher", all_stops)
+                score = measure(student_engine, student, "student", student_stops)["avg_at_k"]
                 is_best = step > 0 and score is not None and score > state["best"]
                 state["best"] = score if is_best else state["best"]
-            if chief and step > 0 and (is_best or looks or step % cfg.save_every == 0 or over):
-                utils.save_checkpoint(cfg.out_dir, student, tokenizer, optimizer,
-                                      {**state, "step": step, "config": dataclasses.asdict(cfg)}, cfg.keep,
-                                      ["best"] * is_best + ["stable"] * (looks and opens))
+            state["looked"] = True
+            if step > 0 and (is_best or looks or step % cfg.save_every == 0 or over):
+                save(is_best)
         if over:
             break
 
@@ -393,6 +407,7 @@ def main(argv):
         timer = Timer(device, "rollout", "teacher", "student", "optimizer")
         order = utils.prompt_order(len(data or prompts), step * cfg.batch_size, cfg.batch_size, cfg.seed)
         mine = list(enumerate(order))[rank::world]
+        gaps = {}
         if data:
             written = [data[i] for _, i in mine]
         elif cfg.teacher is None:
@@ -400,9 +415,13 @@ def main(argv):
         else:
             stops = tuple(student_stops if cfg.prefix == "student" else all_stops)
             sampling = Sampling(horizon, stops, cfg.temperature, cfg.top_p, cfg.top_k, vocab_size)
-            rollouts = writer_engine.generate([prompts[i] for _, i in mine], sampling,
-                                              [utils.derive_seed(cfg.seed, "train", step, slot) for slot, _ in mine])
-            written = [(prompts[i], tokens, reason == "stop", None) for (_, i), (tokens, _, reason) in zip(mine, rollouts)]
+            seeds = [utils.derive_seed(cfg.seed, "train", step, slot) for slot, _ in mine]
+            asked = [prompts[i] for _, i in mine]
+            rollouts = utils.agree(save, writer_engine.generate, asked, sampling, seeds)
+            if step == start_step or step % cfg.check_sync_every == 0:
+                gaps = utils.check_logprobs(writer_engine, writer, asked, rollouts, vocab_size, dtype,
+                                            cfg.max_tokens_per_microbatch)
+            written = [(prompt, tokens, reason == "stop", None) for prompt, (tokens, _, reason) in zip(asked, rollouts)]
         truncated = sum(not ended or len(r) > horizon for _, r, ended, _ in written)
         sequences = [(p, r[:horizon]) for p, r, _, _ in written]
         cached = [None if h is None else h[:horizon] for _, _, _, h in written]
@@ -442,11 +461,8 @@ def main(argv):
         # 4. one gradient sum over ranks (weights are already divided by the tokens of the whole step), clip, step
         if all_tokens:
             if world > 1:
-                gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-                flat = utils.all_reduce(torch.cat([g.flatten() for g in gradients]))
-                for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
-                    p.grad = g.view_as(p)
-                del gradients, flat, g                   # or they would live through the next rollouts
+                for p in parameters:
+                    p.grad = utils.all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
             totals = utils.all_reduce(totals)
             loss, *sums = totals.tolist()
@@ -474,7 +490,7 @@ def main(argv):
                    "mean_length": all_tokens / max(1, all_sequences), "max_length": longest, "horizon": horizon,
                    "truncated_share": truncated / cfg.batch_size, "grad_norm": grad_norm.item(),
                    "learning_rate": optimizer.param_groups[0]["lr"], "tokens": int(all_tokens),
-                   "tokens_per_second": all_tokens / sum(timer.laps.values()), **timer.laps, "tflops": state["tflops"],
+                   "tokens_per_second": all_tokens / sum(timer.laps.values()), **timer.laps, **gaps, "tflops": state["tflops"],
                    "tflops_teacher_writing": writer_flops / 1e12 if cfg.prefix == "teacher" else 0.0,
                    "tflops_teacher_head": 2 * head_p.numel() * all_tokens / 1e12 if cfg.teacher and not teacher else 0.0}
             utils.write_lines(metrics_file, [row])

