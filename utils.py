@@ -719,6 +719,8 @@ def agree(rescue, work, *args):
         error = failure
     if all_reduce(torch.tensor(float(error is not None)), dist.ReduceOp.MAX).item():
         saved = rescue()
+        if dist.is_initialized():
+            dist.barrier()                               # torchrun kills all when the first ends
         raise EngineError(f"{error}; {saved}") if error else UserError(f"the rollouts of another rank failed; {saved}")
     return result
 
@@ -777,7 +779,7 @@ def check_gaps(engine, model, gaps):
     if not mean <= engine.max_logprob_gap:               # NaN too
         worst = ", ".join(f"{name} {difference:.1g}" for difference, name in engine.differences(model)[:3])
         raise LocalError(f"log-probs of rollouts and trainer differ by {mean:.2g} nats on average, {largest:.2g} at most; the "
-                         f"mean passes max_logprob_gap={engine.max_logprob_gap:g}. Weights differ most (relatively) in: {worst}. "
+                         f"mean passes max_logprob_gap={engine.max_logprob_gap:g}. Relative differences of weights: {worst}. "
                          f"Where that is rounding, raise max_logprob_gap; else the engine has other weights: --engine=hf")
     return {"logprob_gap_mean": mean, "logprob_gap_max": largest}
 
@@ -1272,10 +1274,11 @@ def run(main, doc, cls):
         main(sys.argv[1:])
     except EngineError as error:                         # its thread may hang, and hold up an orderly end
         print(f"error: {error}", file=sys.stderr, flush=True)
+        time.sleep(1)                                    # what other ranks wait for may still be on its way
         os._exit(1)
     except UserError as error:
         first = os.environ.get("LOCAL_RANK", "0") == "0"      # once a machine
         sys.exit(f"error: {error}" if first or isinstance(error, LocalError) else 1)
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and not _alive:         # vLLM's exit takes them down itself
             dist.destroy_process_group()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -90,7 +89,8 @@ def test_on_token_sees_every_token_as_it_comes(engine, prompts):
     assert seen == tokens
 
 
-@pytest.mark.parametrize("settings", [{}, {"top_p": 0.8}, {"top_k": 3}, {"temperature": 0.6}, {"temperature": 1.7, "top_p": 0.9}])
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.8}, {"top_k": 3}, {"temperature": 0.6},
+                                      {"temperature": 1.7, "top_p": 0.9}])
 def test_distributions_agree(engine, model, prompts, settings):
     """4,000 first tokens from each engine, and the exact probabilities: chi-square, at most 1 in 10,000 by chance."""
     n, sampling = 4000, Sampling(1, STOPS, vocab_size=272, **settings)
@@ -188,3 +188,54 @@ def test_an_engine_that_breaks(model, prompts, monkeypatch, break_it, message):
     monkeypatch.setattr(engine.llm.llm_engine, "step", break_it)
     with pytest.raises(utils.EngineError, match=message):
         engine.generate(prompts[:2], Sampling(8, STOPS), [0, 1])
+
+
+# ------------------------------------------------------------------------------------------------------ the scripts
+
+ARGS = ["configs/toy_opd.py", "--engine=vllm", "--kv_cache_gb=0.1", "--batch_size=8", "--max_new_tokens=24",
+        "--save_every=1000", "--eval_teacher=False", "--eval_prompts=4", "--eval_samples=2", "--eval_every=1000", "--check_sync_every=2"]
+# train_distill.py, but the engine of rank $BREAKS dies in its third rollouts (it lives in the process: no process to kill)
+BREAKING = """
+import os, sys, utils, train_distill
+plain, calls = utils.VLLMEngine.stream, []
+def stream(self, *args):
+    calls.append(0)
+    if len(calls) == 4 and os.environ.get("RANK", "0") == os.environ["BREAKS"]:
+        self.llm.llm_engine.step = lambda: (_ for _ in ()).throw(RuntimeError("the engine core is dead"))
+    return plain(self, *args)
+utils.VLLMEngine.stream = stream
+utils.run(train_distill.main, "", train_distill.Config)
+"""
+
+
+def start(*command, **environment):
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."} | environment)
+    return done.returncode, done.stdout, done.stderr
+
+
+def losses(folder):
+    return {row["step"]: row["loss"] for row in utils.read_lines(folder / "metrics.jsonl") if "loss" in row}
+
+
+def test_training_resumes_after_a_dead_engine(tmp_path):
+    """Alone and on two ranks: everyone ends, step 2 is saved, --resume gives the losses of a run that was never cut."""
+    whole, cut, two = (tmp_path / name for name in ("whole", "cut", "two"))
+    code, out, err = start("train_distill.py", *ARGS, "--max_steps=5", f"--out_dir={whole}")
+    assert code == 0 and "rollouts by vLLM" in out, err
+    rows = [row for row in utils.read_lines(whole / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows if "logprob_gap_mean" in row] == [1, 3, 5]
+    assert all(row.get("logprob_gap_max", 0) < 1e-4 for row in rows)
+    script = tmp_path / "breaking.py"
+    script.write_text(BREAKING)
+    code, out, err = start(str(script), *ARGS, "--max_steps=5", f"--out_dir={cut}", BREAKS="0")
+    assert code == 1 and "vLLM failed: RuntimeError: the engine core is dead" in err and "step 2 is saved: --resume" in err
+    assert "Traceback" not in err
+    code, _, err = start("-m", "torch.distributed.run", "--nproc_per_node=2", str(script), *ARGS, "--max_steps=5",
+                         f"--out_dir={two}", BREAKS="1")
+    assert code == 1 and "the engine core is dead" in err and "the rollouts of another rank failed; step 2 is saved" in err
+    for folder in (cut, two):
+        assert json.loads((folder / "last" / "train_state.json").read_text())["step"] == 2
+        code, _, err = start("train_distill.py", *ARGS, "--max_steps=5", f"--out_dir={folder}", "--resume")
+        assert code == 0, err
+        assert losses(folder) == pytest.approx(losses(whole), rel=1e-4)
