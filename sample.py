@@ -230,7 +230,7 @@ def main(argv):
     usable = {} if terminal else utils.usable_prompts(cfg.prompts, problems[:cfg.num_prompts], tokenizer, cfg.max_new_tokens,
                                                       positions, vocab_size, chief)
     longest = positions if terminal else max(map(len, usable.values())) + cfg.max_new_tokens
-    engine = utils.engine_maker(cfg, dtype, vocab_size, longest, device, chief)(model)
+    engine = utils.make_engine(utils.choose_engine(cfg.engine, device, chief), cfg, model, dtype, vocab_size, longest)
     if cfg.prompt is not None:
         return answer(engine, tokenizer, [{"role": "user", "content": cfg.prompt}], sampling, cfg.seed, positions)
     if cfg.chat:

@@ -286,6 +286,10 @@ def main(argv):
         if path is not None:                             # its chat template makes the prompts, and goes into the checkpoints
             utils.check_tokenizers(tokenizer, template := utils.load_tokenizer(path), "the student", "the teacher")
             tokenizer.chat_template = template.chat_template
+    kind = utils.choose_engine(cfg.engine, device, chief)
+    if chief:
+        utils.print_memory(cfg, kind, device, cfg.student, (cfg.prefix == "teacher" and cfg.teacher) or cfg.student,
+                           {"teacher": (None if data and data.cached else cfg.teacher, dtype.itemsize)}, ladder[-1])
     student = utils.load_model(checkpoint or cfg.student, torch.float32, device)
     teacher = head_p = None
     if cfg.teacher and data and data.cached:
@@ -326,8 +330,8 @@ def main(argv):
     eval_sampling = Sampling(cfg.eval_max_new_tokens, tuple(student_stops), cfg.eval_temperature, cfg.eval_top_p, 0, vocab_size)
     longest = max(map(len, [*([] if data else prompts), *(p for _, some in (eval_set, gate_set) for p in some)]), default=0)
     longest += max(ladder[-1], cfg.eval_max_new_tokens)
-    make_engine = utils.engine_maker(cfg, dtype, vocab_size, longest, device, chief)
-    student_engine, teacher_engine = make_engine(student), make_engine(teacher) if teacher else None
+    student_engine, teacher_engine = (model and utils.make_engine(kind, cfg, model, dtype, vocab_size, longest)
+                                      for model in (student, teacher))
     writer, writer_engine = (student, student_engine) if cfg.prefix == "student" else (teacher, teacher_engine)
 
     parameters = list(student.parameters())

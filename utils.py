@@ -43,6 +43,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from kernels import linear_logp
+from kernels.linear_kl import CHUNK_BYTES
 
 transformers_logging.disable_progress_bar()
 
@@ -355,13 +356,55 @@ def forward_flops(config, lengths):
     FLOPs of one forward over sequences of these lengths, multiply-add = 2 (paper, appendix H.1): dense layers and the LM head
     at every token, plus causal attention. Counts the real shapes (the paper takes heads x head_dim = H for every model).
     """
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    q_size, kv_size = heads * head_dim, config.num_key_value_heads * head_dim
+    hidden, (q_size, kv_size) = config.hidden_size, attention_sizes(config)
     layer = 2 * hidden * (q_size + 2 * kv_size) + 2 * q_size * hidden + 6 * hidden * config.intermediate_size
     dense = config.num_hidden_layers * layer + 2 * hidden * config.vocab_size
     attention = config.num_hidden_layers * 2 * q_size    # a token attends to half the sequence on average: 4 Hq L / 2
     return sum(n * (dense + attention * n) for n in lengths)
+
+
+def attention_sizes(config):
+    """Sizes of the queries and of the keys of a layer: heads x head_dim, key-value heads x head_dim."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+
+
+def parameter_count(config):
+    """Of a causal LM, without making it."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+
+def estimate_memory(cfg, kind, student, writer, others, horizon):
+    """
+    {part: bytes} of training on one device. student, writer: configs of the model that learns and of the one that writes with
+    engine `kind`; others: {name: bytes} besides. Parts called "rollouts: " and "update: " are not there together; the last
+    entry is the larger sum. Activations: what autograd keeps of a micro-batch, as measured for Qwen3 (no checkpointing).
+    """
+    size, n = getattr(torch, cfg.dtype).itemsize, parameter_count(student)
+    (q, k), (_, written) = attention_sizes(student), attention_sizes(writer)
+    token = student.num_hidden_layers * (24 * student.hidden_size + 16 * (student.intermediate_size + q + k) if size == 4 else
+                                         26 * student.hidden_size + 8 * student.intermediate_size + 10 * (q + k))
+    rollouts = {"rollouts: KV cache": int(cfg.kv_cache_gb * 1e9) if kind == "vllm" else
+                2 * writer.num_hidden_layers * written * size * horizon * cfg.rollout_rows,
+                "rollouts: the engine's weights": size * parameter_count(writer) if kind == "vllm" or size < 4 else 0}
+    update = {"update: activations of a micro-batch": cfg.max_tokens_per_microbatch * token,
+              "update: weights in bf16": 0 if size == 4 else 2 * n,
+              "update: logits of a chunk, gradient of the head": CHUNK_BYTES[torch.cuda.is_available()] +
+              4 * student.vocab_size * student.hidden_size}
+    always = {"student: fp32 weights, gradients, Adam": 16 * n, **others}
+    return always | rollouts | update | {
+        "at most at a time": sum(always.values()) + max(sum(rollouts.values()), sum(update.values()))}
+
+
+def print_memory(cfg, kind, device, student, writer, others, horizon):
+    """The estimate in GB for models at these paths, before anything is allocated. others: {name: (path, bytes a weight)}."""
+    others = {name: size * parameter_count(load_model_config(path)) for name, (path, size) in others.items() if path}
+    parts = estimate_memory(cfg, kind, load_model_config(student), load_model_config(writer), others, horizon)
+    has = f" of {torch.cuda.get_device_properties(device).total_memory / 1e9:.0f}" if device.type == "cuda" else ""
+    print("memory to expect, roughly")
+    for name, size in parts.items():
+        print(f"  {name:<48} {size / 1e9:8.3f} GB" + (has if name == "at most at a time" else ""))
 
 
 # ------------------------------------------------------------------------------------------------------------ rollouts
@@ -549,8 +592,8 @@ class VLLMEngine:
             if isinstance(error, StopIteration):
                 return
             if error:
-                raise EngineError(f"vLLM failed: {type(error).__name__}: {_first_line(error)}; if memory ran out, lower "
-                                  f"kv_cache_gb={self.kv_cache_bytes / 1e9:g} or rollout_rows={self.max_rows}") from error
+                raise EngineError(f"vLLM failed: {type(error).__name__}: {_first_line(error)}; what it may use is set by "
+                                  f"kv_cache_gb={self.kv_cache_bytes / 1e9:g} and rollout_rows={self.max_rows}") from error
             yield item
 
     def _load(self):
@@ -684,27 +727,26 @@ def vllm_version():
             pass
 
 
-def engine_maker(cfg, dtype, vocab_size, max_length, device, verbose):
-    """
-    A function from a model to its engine, as cfg says: engine ("auto": vLLM where there are a GPU and a vLLM that fits),
-    rollout_rows, kv_cache_gb, rollout_timeout, max_logprob_gap. Prints the choice. max_length: tokens of prompt and response.
-    """
-    kind, version, why = cfg.engine, vllm_version(), ""
+def choose_engine(kind, device, verbose):
+    """"hf" or "vllm"; "auto" is vLLM where there are a GPU and a vLLM that fits. Prints the choice."""
+    version, why = vllm_version(), ""
     if kind == "auto":
         fits = (version or "").startswith(f"{VLLM_VERSION}.")
         kind = "vllm" if device.type == "cuda" and fits else "hf"
-        why = " (auto: " + ("there is no GPU)" if device.type != "cuda" else f"vLLM {version} is installed)")
+        why = " (auto: there is no GPU)" if device.type != "cuda" else "" if fits else f" (auto: vLLM installed: {version})"
     if kind == "vllm":
         import_vllm()
     if verbose:
         print(f"rollouts by {f'vLLM {version}' if kind == 'vllm' else 'transformers'}{why}")
+    return kind
 
-    def make(model):
-        engine = HFEngine(model, dtype, cfg.rollout_rows) if kind == "hf" else VLLMEngine(
-            model, dtype, cfg.rollout_rows, max_length, vocab_size, cfg.kv_cache_gb, cfg.rollout_timeout)
-        engine.max_logprob_gap = cfg.max_logprob_gap
-        return engine
-    return make
+
+def make_engine(kind, cfg, model, dtype, vocab_size, max_length):
+    """The engine of a model, with cfg's rollout_rows, kv_cache_gb, rollout_timeout and max_logprob_gap."""
+    engine = HFEngine(model, dtype, cfg.rollout_rows) if kind == "hf" else VLLMEngine(
+        model, dtype, cfg.rollout_rows, max_length, vocab_size, cfg.kv_cache_gb, cfg.rollout_timeout)
+    engine.max_logprob_gap = cfg.max_logprob_gap
+    return engine
 
 
 def agree(rescue, work, *args):

@@ -181,7 +181,7 @@ def test_a_sampler_that_disagrees(rl, monkeypatch, shift, options, factor):
     generate = utils.HFEngine.generate
     monkeypatch.setattr(utils.HFEngine, "generate", lambda *args: [
         (tokens, [x - shift for x in logps], reason) for tokens, logps, reason in generate(*args)])
-    after, _ = rl("--max_steps=1", "--max_grad_norm=inf", *options)
+    after, _ = rl("--max_steps=1", "--max_grad_norm=inf", "--max_logprob_gap=1", *options)
     assert after[0]["importance_weight"] == pytest.approx(factor, rel=1e-4) and after[0]["ratio_max"] == 1
     assert after[0]["grad_norm"] == pytest.approx(factor * before[0]["grad_norm"], rel=1e-3)
     assert after[0]["logprob_gap_max"] == pytest.approx(0.5, abs=1e-3)

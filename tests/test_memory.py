@@ -1,0 +1,83 @@
+"""The memory estimate, by hand and against what autograd keeps; the choice of an engine."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+import utils
+
+CFG = SimpleNamespace(dtype="bfloat16", kv_cache_gb=16.0, rollout_rows=32, max_tokens_per_microbatch=16384)
+
+
+def qwen(hidden, layers, heads, tied, intermediate=None, vocab=151936, kv=8):
+    return Qwen3Config(vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate or 3 * hidden,
+                       num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv, head_dim=128,
+                       tie_word_embeddings=tied)
+
+
+def test_by_hand():
+    """Qwen3-8B -> 0.6B: parameters as published, 114,688 bytes of cache a token, 28 layers x 82 kB of activations a token."""
+    small, big = qwen(1024, 28, 16, True), qwen(4096, 36, 32, False)
+    assert utils.parameter_count(small) == 596_049_920 and utils.parameter_count(big) == 8_190_735_360
+    parts = utils.estimate_memory(CFG, "vllm", small, small, {"teacher": 2 * 8_190_735_360}, 4096)
+    chunk = utils.CHUNK_BYTES[torch.cuda.is_available()] + 4 * 151936 * 1024
+    assert list(parts.values())[:-1] == [16 * 596_049_920, 16_381_470_720, 16_000_000_000, 2 * 596_049_920,
+                                         16384 * 28 * (26 * 1024 + 8 * 3072 + 10 * 3072), 2 * 596_049_920, chunk]
+    assert parts["at most at a time"] == sum(list(parts.values())[:2]) + sum(list(parts.values())[4:7])
+    parts = utils.estimate_memory(CFG, "hf", small, small, {}, 4096)
+    assert parts["rollouts: KV cache"] == 32 * 4096 * 28 * 2 * 8 * 128 * 2
+    CFG32 = SimpleNamespace(**{**vars(CFG), "dtype": "float32"})
+    parts = utils.estimate_memory(CFG32, "hf", small, big, {}, 4096)
+    assert parts["rollouts: KV cache"] == 32 * 4096 * 36 * 2 * 8 * 128 * 4 and parts["rollouts: the engine's weights"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_activations_as_autograd_keeps_them(dtype):
+    """Bytes saved for backward by a forward over 96 tokens, less those over 32: the estimate is within 5 %."""
+    config = qwen(256, 8, 2, True, 512, 64, 1)
+    model, kept = Qwen3ForCausalLM(config), {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor          # held, so that no address is used twice
+        return tensor
+
+    def saved(tokens):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            hidden = utils.response_hidden(model, [([1], [2] * (tokens - 1))], dtype)
+        return sum(size for size, _ in kept.values()), hidden
+    cfg = SimpleNamespace(**{**vars(CFG), "dtype": str(dtype).removeprefix("torch."), "max_tokens_per_microbatch": 64})
+    wanted = utils.estimate_memory(cfg, "hf", config, config, {}, 8)["update: activations of a micro-batch"]
+    assert saved(96)[0] - saved(32)[0] == pytest.approx(wanted, rel=0.05)
+
+
+@pytest.mark.parametrize("kind, device, version, chosen, printed", [
+    ("auto", "cpu", "0.32.0", "hf", "rollouts by transformers (auto: there is no GPU)"),
+    ("auto", "cuda", None, "hf", "rollouts by transformers (auto: vLLM installed: None)"),
+    ("auto", "cuda", "0.31.9", "hf", "rollouts by transformers (auto: vLLM installed: 0.31.9)"),
+    ("auto", "cuda", "0.32.1", "vllm", "rollouts by vLLM 0.32.1"), ("hf", "cuda", "0.32.1", "hf", "rollouts by transformers"),
+    ("vllm", "cpu", "0.32.1", "vllm", "rollouts by vLLM 0.32.1")])
+def test_the_choice_is_printed(monkeypatch, capsys, kind, device, version, chosen, printed):
+    monkeypatch.setattr(utils, "vllm_version", lambda: version)
+    monkeypatch.setattr(utils, "import_vllm", lambda: None)
+    assert utils.choose_engine(kind, torch.device(device), True) == chosen
+    assert capsys.readouterr().out == printed + "\n"
+
+
+def test_a_wrong_engine_is_found_here_too(student, prompts):
+    """HFEngine with a copy of other weights: the same check, the same message."""
+    engine = utils.HFEngine(student, torch.bfloat16)
+    engine.model.model.norm.weight.data *= 1.5
+    rollouts = engine.generate(prompts[:8], utils.Sampling(12, (257, 260)), range(8))
+    engine.max_logprob_gap = 0.05
+    with pytest.raises(utils.LocalError, match=r"passes max_logprob_gap=0.05. .*: model.norm.weight 0.5,"):
+        utils.check_logprobs(engine, student, prompts[:8], rollouts, 272, torch.bfloat16, 4096)
+    engine.sync(student)
+    rollouts = engine.generate(prompts[:8], utils.Sampling(12, (257, 260)), range(8))
+    gaps = utils.check_logprobs(engine, student, prompts[:8], rollouts, 272, torch.bfloat16, 4096)
+    assert 0 < gaps["logprob_gap_mean"] < 0.02
