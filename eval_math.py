@@ -58,7 +58,8 @@ class Config:
     rollout_rows: int = 32                               # responses decoded together; bounds the KV cache of engine="hf"
     kv_cache_gb: float = 16.0                            # of vLLM
     rollout_timeout: float = 600.0                       # seconds without a sign of life before vLLM is given up
-    max_logprob_gap: float = 0.05                        # nats, mean over tokens, between log-probs of engine and model
+    max_logprob_gap: float | None = None                 # nats, mean over tokens, between log-probs of engine and model;
+                                                         # None: 0.05 in bf16, 1e-4 in fp32
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     max_tokens_per_microbatch: int = 16384               # padded tokens in one forward for the entropies
     window: int = 256                                    # responses sampled, graded and written together: what a kill can cost

@@ -62,7 +62,8 @@ class Config:
     rollout_rows: int = 64                               # responses decoded together; bounds the KV cache of engine="hf"
     kv_cache_gb: float = 16.0                            # of vLLM
     rollout_timeout: float = 600.0                       # seconds without a sign of life before vLLM is given up
-    max_logprob_gap: float = 0.05                        # nats, mean over tokens, between log-probs of engine and model
+    max_logprob_gap: float | None = None                 # nats, mean over tokens, between log-probs of engine and model;
+                                                         # None: 0.05 in bf16, 1e-4 in fp32
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     # what is kept
     cache_hidden: bool = False                           # the last hidden states too: no teacher forward in training
@@ -230,7 +231,8 @@ def main(argv):
     usable = {} if terminal else utils.usable_prompts(cfg.prompts, problems[:cfg.num_prompts], tokenizer, cfg.max_new_tokens,
                                                       positions, vocab_size, chief)
     longest = positions if terminal else max(map(len, usable.values())) + cfg.max_new_tokens
-    engine = utils.make_engine(utils.choose_engine(cfg.engine, device, chief), cfg, model, dtype, vocab_size, longest)
+    kind = utils.choose_engine(cfg.engine, device, chief and not terminal)
+    engine = utils.make_engine(kind, cfg, model, dtype, vocab_size, longest)
     if cfg.prompt is not None:
         return answer(engine, tokenizer, [{"role": "user", "content": cfg.prompt}], sampling, cfg.seed, positions)
     if cfg.chat:

@@ -73,7 +73,7 @@ class Config:
     kv_cache_gb: float = 16.0                            # of vLLM; it is given back while the trainer computes
     rollout_timeout: float = 600.0                       # seconds without a sign of life before vLLM is given up
     check_sync_every: int = 50                           # steps; then the engine's log-probs are compared with the trainer's
-    max_logprob_gap: float = 0.05                        # nats, mean over tokens: bf16 rounding passes, other weights do not
+    max_logprob_gap: float | None = None                 # nats, mean over tokens; None: 0.05 in bf16, 1e-4 in fp32
     # entropy-gated length curriculum (section 5.2)
     horizons: tuple[int, ...] = ()                       # rungs, short to long; (): max_new_tokens throughout
     steps_per_horizon: int = 160                         # updates on a rung before its gate; the last rung has the rest

@@ -745,7 +745,8 @@ def make_engine(kind, cfg, model, dtype, vocab_size, max_length):
     """The engine of a model, with cfg's rollout_rows, kv_cache_gb, rollout_timeout and max_logprob_gap."""
     engine = HFEngine(model, dtype, cfg.rollout_rows) if kind == "hf" else VLLMEngine(
         model, dtype, cfg.rollout_rows, max_length, vocab_size, cfg.kv_cache_gb, cfg.rollout_timeout)
-    engine.max_logprob_gap = cfg.max_logprob_gap
+    rounding = 0.05 if dtype == torch.bfloat16 else 1e-4
+    engine.max_logprob_gap = rounding if cfg.max_logprob_gap is None else cfg.max_logprob_gap
     return engine
 
 

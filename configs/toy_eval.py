@@ -9,7 +9,6 @@ max_new_tokens = 256
 temperature = 1.0                   # the model's own distribution, so that its entropy means something
 top_p = 1.0
 kv_cache_gb = 0.5
-max_logprob_gap = 1e-4
 rollout_rows = 512
 dtype = "float32"
 max_tokens_per_microbatch = 4096

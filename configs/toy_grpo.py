@@ -6,7 +6,6 @@ out_dir = "out/toy_grpo"
 
 max_new_tokens = 160
 kv_cache_gb = 0.5
-max_logprob_gap = 1e-4
 rollout_rows = 512
 
 prompts_per_step = 8

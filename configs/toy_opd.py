@@ -11,7 +11,6 @@ max_new_tokens = 160                # the longest hundredth of the teacher's res
 
 rollout_rows = 512
 kv_cache_gb = 0.5                   # with --engine=vllm
-max_logprob_gap = 1e-4              # fp32 on both sides: rounding is 1e-6
 
 batch_size = 64
 max_steps = 100
