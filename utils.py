@@ -152,10 +152,13 @@ def print_config(cfg, origin):
 def init_processes(patience=datetime.timedelta(hours=2)):
     """(rank, world size, device), under torchrun or alone; NCCL on GPUs, gloo on CPUs. patience: how long a rank waits."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    local, visible = int(os.environ.get("LOCAL_RANK", 0)), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if world > 1 and visible != "":                      # "": no GPU is wanted
+        # each process sees its own GPU only, as cuda:0, for vLLM in it takes the first it sees; before CUDA is touched
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(local) if visible is None else (visible.split(",") + ["-1"] * local)[local]
+        if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
+            raise LocalError(f"process {local} on this machine has no GPU; lower --nproc_per_node to the number of GPUs")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return rank, world, device
@@ -807,7 +810,7 @@ def check_logprobs(engine, model, prompts, rollouts, vocab_size, dtype, max_toke
     gaps, sequences = [], [(prompt, tokens) for prompt, (tokens, _, _) in zip(prompts, rollouts)]
     for batch in microbatches([len(p) + len(r) for p, r in sequences], max_tokens):
         hidden = response_hidden(model, [sequences[b] for b in batch], dtype)
-        targets = torch.tensor([t for b in batch for t in sequences[b][1]], device=hidden.device)
+        targets = torch.tensor([t for b in batch for t in sequences[b][1]], dtype=torch.long, device=hidden.device)
         logps, _ = linear_logp(hidden, model.get_output_embeddings().weight[:vocab_size], targets)
         gaps += [abs(x - y) for x, y in zip(logps.tolist(), (y for b in batch for y in rollouts[b][1]))]
     return check_gaps(engine, model, gaps)
