@@ -1,12 +1,12 @@
 # make demo: watch a small student learn (CPU, minutes); rl-demo: GRPO after it.  make cells: compare the objectives.
 # make test: lint and tests.
-# PYTHON=python3.12 picks another Python.
+# PYTHON=python3.12 picks another Python; make demo ARGS=--engine=vllm adds options.
 PYTHON ?= python3
 MODEL ?= out/opd_4b/last
 BIN = .venv/bin
 
 demo: .venv/installed
-	$(BIN)/python train_distill.py configs/toy_opd.py --overwrite
+	$(BIN)/python train_distill.py configs/toy_opd.py --overwrite $(ARGS)
 	$(BIN)/python plot.py out/toy_opd
 
 rl-demo: demo
