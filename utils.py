@@ -165,8 +165,8 @@ def init_processes(patience=datetime.timedelta(hours=2)):
 
 
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
-    """In place over all ranks; alone, the tensor as it is."""
-    if dist.is_initialized():
+    """In place over all ranks; alone, the tensor as it is (vLLM makes a group of one, for the GPU only)."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor, op)
     return tensor
 
@@ -765,7 +765,7 @@ def agree(rescue, work, *args):
         error = failure
     if all_reduce(torch.tensor(float(error is not None)), dist.ReduceOp.MAX).item():
         saved = rescue()
-        if dist.is_initialized():
+        if dist.is_initialized() and dist.get_world_size() > 1:
             dist.barrier()                               # torchrun kills all when the first ends
         raise EngineError(f"{error}; {saved}") if error else UserError(f"the rollouts of another rank failed; {saved}")
     return result
