@@ -562,13 +562,13 @@ VLLM_VERSION = "0.32"                                    # the engine's inside, 
 
 class VLLMEngine:
     """
-    The same with vLLM: one engine a process, on the device of `model`, whose weights `sync` streams into it; nothing is read
-    from disk. It lives in a thread of its own, so that a step that hangs can be given up after `timeout` seconds.
+    What HFEngine does, by vLLM, in this process and on the device of `model`; `sync` streams the weights into it, none are read
+    from disk. It is loaded when it is first used. It lives in a thread of its own, so that one that hangs can be given up.
     """
     generate, max_logprob_gap = HFEngine.generate, math.inf
 
     def __init__(self, model, dtype, max_rows, max_length, vocab_size, kv_cache_gb, timeout):
-        # max_length: of prompt and response. ids from vocab_size on have no weights here, so they are never sampled
+        # max_length: of prompt and response; timeout: seconds. ids from vocab_size on have no weights here: never sampled
         self.first, self.dtype, self.max_rows, self.max_length, self.vocab_size = model, dtype, max_rows, max_length, vocab_size
         self.kv_cache_bytes, self.timeout, self.gpu = int(kv_cache_gb * 1e9), timeout, model.device.type == "cuda"
         self.jobs, self.llm, self.count, self.asleep = queue.SimpleQueue(), None, 0, set()
@@ -823,7 +823,10 @@ def check_gaps(engine, model, gaps):
     """
     mean, largest = sum(gaps) / max(1, len(gaps)), max(gaps, default=0.0)
     if not mean <= engine.max_logprob_gap:               # NaN too
-        worst = ", ".join(f"{name} {difference:.1g}" for difference, name in engine.differences(model)[:3])
+        try:
+            worst = ", ".join(f"{name} {difference:.1g}" for difference, name in engine.differences(model)[:3])
+        except EngineError as error:                     # an architecture whose packing is another
+            worst = f"unknown ({error})"
         raise LocalError(f"log-probs of rollouts and trainer differ by {mean:.2g} nats on average, {largest:.2g} at most; the "
                          f"mean passes max_logprob_gap={engine.max_logprob_gap:g}. Relative differences of weights: {worst}. "
                          f"Where that is rounding, raise max_logprob_gap; else the engine has other weights: --engine=hf")
