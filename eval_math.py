@@ -268,7 +268,8 @@ def main(argv):
     prompts = {name: utils.usable_prompts(name, problems, tokenizer, cfg.max_new_tokens, positions, vocab_size, chief)
                for name, (problems, _) in benchmarks.items()}
     longest = max(len(ids) for some in prompts.values() for ids in some.values()) + cfg.max_new_tokens
-    engine = utils.make_engine(utils.choose_engine(cfg.engine, device, chief), cfg, model, dtype, vocab_size, longest)
+    kind = utils.choose_engine(cfg.engine, device, chief)
+    engine = utils.make_engine(kind, cfg, model, dtype, vocab_size, longest, sleeps=False)
 
     # 2. what is done already: lines of samples*.jsonl, with the same settings
     settings = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in MAY_CHANGE}
@@ -305,6 +306,7 @@ def main(argv):
 
     # 3. sample, measure and grade, a window at a time so that memory does not grow with the number of responses
     start, mine = time.time(), out_dir / f"samples_{rank:03d}.jsonl"
+    engine.generate([], sampling, [])                    # ranks load vLLM together, also one that has nothing to do
     for name, (problems, samples) in benchmarks.items():
         todo = [(i, j) for i in prompts[name] for j in range(samples) if (name, i, j) not in done][rank::world]
         with tqdm(total=len(todo), desc=name, unit=" responses", disable=not (chief and todo), mininterval=1) as bar:

@@ -232,7 +232,7 @@ def main(argv):
                                                       positions, vocab_size, chief)
     longest = positions if terminal else max(map(len, usable.values())) + cfg.max_new_tokens
     kind = utils.choose_engine(cfg.engine, device, chief and not terminal)
-    engine = utils.make_engine(kind, cfg, model, dtype, vocab_size, longest)
+    engine = utils.make_engine(kind, cfg, model, dtype, vocab_size, longest, sleeps=False)
     if cfg.prompt is not None:
         return answer(engine, tokenizer, [{"role": "user", "content": cfg.prompt}], sampling, cfg.seed, positions)
     if cfg.chat:
@@ -272,14 +272,14 @@ def main(argv):
         dist.barrier()                                   # and none writes before the folder is clean
 
     # 3. sample, a window of prompts at a time so that memory does not grow with their number
-    mine, rows, held, number, checked = todo[rank::world], [], 0, 0, False
+    mine, rows, held, number = todo[rank::world], [], 0, 0
     metadata = {"settings": settings | {"model": cfg.model, "student": cfg.student, "prompts": cfg.prompts},
                 "code": code_version()}
     bar = tqdm(total=len(mine), unit=" responses", disable=not chief, mininterval=1)
     tokens_done, flops, start = 0, 0.0, time.perf_counter()
 
     def flush():
-        nonlocal rows, held, number, checked
+        nonlocal rows, held, number
         while (path := out_dir / f"{rank:03d}_{number:05d}.safetensors").exists():
             number += 1
         hidden = [None] * len(rows) if cfg.cache_hidden else []
@@ -290,11 +290,6 @@ def main(argv):
             part = part.to("cpu", getattr(torch, cfg.hidden_dtype)).split([len(sequences[b][1]) for b in batch])
             for b, h in zip(batch, part):
                 hidden[b] = h.clone()
-        if not checked:                                  # are these the model's log-probs? Before anything is written
-            _, _, asked, responses, logps, _ = zip(*rows[:cfg.rollout_rows])
-            rollouts = [(tokens.tolist(), scores.tolist(), None) for tokens, scores in zip(responses, logps)]
-            utils.check_logprobs(engine, model, asked, rollouts, vocab_size, dtype, cfg.max_tokens_per_microbatch)
-            checked = True
         records = [{"prompt_index": i, "sample": j, "problem": problems[i]["problem"], "answer": problems[i]["answer"],
                     "response": tokenizer.decode(response, skip_special_tokens=True), "length": len(response),
                     "stop": tokenizer.decode(response[-1:]) if reason == "stop" else reason}
@@ -302,6 +297,11 @@ def main(argv):
         write_shard(path, rows, hidden, metadata, records)
         rows, held = [], 0
 
+    # are the engine's log-probs the model's? Ranks also load vLLM together here, those that have nothing to do too
+    probe = [usable[i] for i, _ in mine[:8]]
+    short = dataclasses.replace(sampling, max_new_tokens=min(64, cfg.max_new_tokens))
+    utils.check_logprobs(engine, model, probe, engine.generate(probe, short, range(len(probe))), vocab_size, dtype,
+                         cfg.max_tokens_per_microbatch)
     window = 16 * cfg.rollout_rows
     for first in range(0, len(mine), window):
         part = mine[first:first + window]

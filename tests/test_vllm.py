@@ -189,7 +189,7 @@ def test_bf16(prompts, model):
     (lambda: 1 / 0, "vLLM failed: ZeroDivisionError: division by zero; what it may use is set by kv_cache_gb")])
 def test_an_engine_that_breaks(model, prompts, monkeypatch, break_it, message):
     engine = make(model)
-    engine.sync(model)
+    engine.generate(prompts[:1], Sampling(2, STOPS), [0])
     engine.timeout = 1
     monkeypatch.setattr(engine.llm.llm_engine, "step", break_it)
     with pytest.raises(utils.EngineError, match=message):
@@ -274,4 +274,40 @@ def test_mistakes(monkeypatch, model, prompts):
     monkeypatch.undo()
     small = VLLMEngine(model, torch.float32, 64, 2000, 272, 1e-4, 120)
     with pytest.raises(utils.EngineError, match="vLLM failed: ValueError: .*; what it may use is set by kv_cache_gb=0.0001"):
-        small.sync(model)
+        small.generate(prompts[:1], Sampling(2, STOPS), [0])
+
+
+def test_sleeping(engine, model, prompts, monkeypatch):
+    """The order on a GPU, by its calls: everything wakes before rollouts and sleeps after them; weights come in awake."""
+    calls, sampling = [], Sampling(4, STOPS)
+    engine.generate(prompts[:1], sampling, [0])
+    monkeypatch.setattr(engine, "sleeps", True)
+    monkeypatch.setattr(engine.llm, "sleep", lambda level: calls.append(("sleep", level)))
+    monkeypatch.setattr(engine.llm, "wake_up", lambda tags: calls.append(("wake", *tags)))
+    reload = engine.llm.collective_rpc
+    monkeypatch.setattr(engine.llm, "collective_rpc", lambda *a, **k: (calls.append(a), reload(*a, **k)))
+    for _ in range(2):
+        engine.generate(prompts[:1], sampling, [0])
+    engine.sync(model)
+    assert len(calls) == 4                               # nothing happens before it is needed
+    engine.generate(prompts[:1], sampling, [0])
+    assert calls == [("sleep", 1), ("wake", "weights"), ("wake", "kv_cache"), ("sleep", 1),
+                     ("wake", "weights"), ("wake", "kv_cache"), ("reload_weights",), ("sleep", 1)]
+    engine.asleep = set()
+
+
+def test_biases_are_told_apart(prompts):
+    """Qwen2's biases of q, k and v are one tensor in vLLM."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    torch.manual_seed(0)
+    qwen2 = Qwen2ForCausalLM(Qwen2Config(vocab_size=272, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                                         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512)).eval()
+    for name, parameter in qwen2.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_()
+    engine = make(qwen2)
+    assert gap(engine, qwen2, prompts[:8], Sampling(12, STOPS)) < 1e-4
+    assert max(difference for difference, _ in engine.differences(qwen2)) < 1e-5
+    qwen2.model.layers[1].self_attn.v_proj.bias.data *= 2
+    (first, worst), (second, _) = engine.differences(qwen2)[:2]
+    assert worst == "model.layers.1.self_attn.v_proj.bias" and first == pytest.approx(0.5) and second < 1e-5
