@@ -745,6 +745,9 @@ def choose_engine(kind, device, verbose):
 
 def make_engine(kind, cfg, model, dtype, vocab_size, max_length, sleeps=True):
     """The engine of a model, with cfg's rollout_rows, kv_cache_gb, rollout_timeout and max_logprob_gap."""
+    for key in ("kv_cache_gb", "rollout_timeout", "max_logprob_gap"):
+        if (value := getattr(cfg, key)) is not None and not value > 0:
+            raise UserError(f"{key}={value}: must be positive")
     max_length = min(max_length, model.config.max_position_embeddings)
     engine = HFEngine(model, dtype, cfg.rollout_rows) if kind == "hf" else VLLMEngine(
         model, dtype, cfg.rollout_rows, max_length, vocab_size, cfg.kv_cache_gb, cfg.rollout_timeout, sleeps)

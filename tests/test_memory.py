@@ -81,3 +81,11 @@ def test_a_wrong_engine_is_found_here_too(student, prompts):
     rollouts = engine.generate(prompts[:8], utils.Sampling(12, (257, 260)), range(8))
     gaps = utils.check_logprobs(engine, student, prompts[:8], rollouts, 272, torch.bfloat16, 4096)
     assert 0 < gaps["logprob_gap_mean"] < 0.02
+
+
+@pytest.mark.parametrize("key", ["kv_cache_gb", "rollout_timeout", "max_logprob_gap"])
+def test_settings_of_an_engine(student, key):
+    good = {"rollout_rows": 4, "kv_cache_gb": 0.1, "rollout_timeout": 1.0, "max_logprob_gap": None}
+    assert utils.make_engine("hf", SimpleNamespace(**good), student, torch.float32, 272, 64).max_logprob_gap == 1e-4
+    with pytest.raises(utils.UserError, match=f"{key}=-1.0: must be positive"):
+        utils.make_engine("hf", SimpleNamespace(**good | {key: -1.0}), student, torch.float32, 272, 64)
