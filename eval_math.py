@@ -20,7 +20,6 @@ versions, seeds, time) and results.png. A run that was killed goes on with the s
 
 import contextlib
 import dataclasses
-import datetime
 import importlib.metadata
 import json
 import os
@@ -35,7 +34,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import utils
-from utils import LocalError, Sampling, UserError
+from utils import Sampling, UserError
 
 # benchmark: (file made by data/math.py, problems in it, responses to each in the paper)
 BENCHMARKS = {
@@ -254,7 +253,7 @@ def main(argv):
         return print_markdown(argv[1:])
     cfg, origin = utils.load_config(Config, argv)
     validate(cfg)
-    rank, world, device = utils.init_processes(datetime.timedelta(days=7))       # ranks meet at the end only
+    rank, world, device = utils.init_processes(patience=7 * 86400)       # ranks meet at the end only
     chief, out_dir = rank == 0, Path(cfg.out_dir)
     benchmarks = load_benchmarks(cfg)
 
@@ -314,10 +313,7 @@ def main(argv):
                 pairs = todo[first:first + cfg.window]
                 records = utils.respond(engine, model, tokenizer, problems, prompts[name], pairs, sampling, cfg.seed,
                                         cfg.max_tokens_per_microbatch, dtype)
-                try:
-                    utils.write_lines(mine, [{"benchmark": name, **record} for record in records])
-                except OSError as error:
-                    raise LocalError(f"cannot write {mine}: {error}; make room and start again the same way") from error
+                utils.write_lines(mine, [{"benchmark": name, **record} for record in records])
                 bar.update(len(pairs))
     if world > 1:
         dist.barrier()
@@ -334,7 +330,7 @@ def main(argv):
     lines = dict(sorted(lines.items()))
     wanted = sum(len(prompts[name]) * samples for name, (_, samples) in benchmarks.items())
     if len(lines) < wanted:
-        raise LocalError(f"{wanted - len(lines)} of {wanted} responses are not in {out_dir}: do all machines write there? "
+        raise UserError(f"{wanted - len(lines)} of {wanted} responses are not in {out_dir}: do all machines write there? "
                          f"The same command samples what is missing")
     temporary = out_dir / "samples.tmp"
     with contextlib.ExitStack() as stack, open(temporary, "wb") as merged:

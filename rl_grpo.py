@@ -27,11 +27,14 @@ What differs from GRPO in DeepSeekMath (arXiv 2402.03300), as the paper on disti
 """
 
 import dataclasses
+import functools
 import os
 from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 import utils
 from kernels import linear_logp
@@ -73,6 +76,8 @@ class Config:
     max_grad_norm: float = 1.0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"   # compute; master weights are always fp32
     max_tokens_per_microbatch: int = 16384               # padded tokens in one forward; does not change the result
+    gradient_checkpointing: bool = False                 # keep a layer's input only, and run it again in the backward
+    collective_timeout: float = 1800.0                   # seconds a process waits for the others before all end
     # evaluation on a fixed held-out set
     eval_data: str = "data/math500.jsonl"
     eval_every: int = 30                                 # steps; 0: never
@@ -113,6 +118,7 @@ def validate(cfg, world):
     need(0 <= cfg.clip_low < 1, "clip_low", "must be in [0, 1): the ratio is clipped at 1 - clip_low")
     need(cfg.importance_cap is None or cfg.importance_cap >= 1, "importance_cap", "must be at least 1, or None for no weights")
     need(cfg.max_grad_norm > 0, "max_grad_norm", "must be positive; inf never clips")
+    need(cfg.collective_timeout > 0, "collective_timeout", "must be positive: seconds")
 
 
 # ------------------------------------------------------------------------------------------------------------ the maths
@@ -166,7 +172,7 @@ COLUMNS = {"step": "step", "loss": "loss", "rew": "reward_mean", "same": "equal_
 
 def main(argv):
     cfg, origin = utils.load_config(Config, argv)
-    rank, world, device = utils.init_processes()
+    rank, world, device = utils.init_processes(cfg.collective_timeout)
     validate(cfg, world)
     chief = rank == 0                                    # the rank that prints and writes
     checkpoint = utils.prepare_out_dir(cfg.out_dir, cfg.resume, cfg.overwrite, (cfg.student, cfg.prompts, cfg.eval_data,
@@ -201,6 +207,8 @@ def main(argv):
         raise UserError(f"{reference_path} has changed since {checkpoint} was begun (revision {state['reference']}, now "
                         f"{revision}): the KL would be to other weights; start a new run with --student={checkpoint}")
     state["reference"] = revision
+    for layer in student.base_model.layers if cfg.gradient_checkpointing else ():
+        layer.forward = functools.partial(checkpointed, layer.forward, use_reentrant=False, preserve_rng_state=False)
     utils.check_tokenizers(tokenizer, utils.load_tokenizer(reference_path), "the student", "the reference")
     vocab_size = min(len(m.get_output_embeddings().weight) for m in (student, reference))
     positions = min(m.config.max_position_embeddings for m in (student, reference))
@@ -231,13 +239,16 @@ def main(argv):
         print(f"{len(prompts)} prompts, {world} process(es) on {device.type}, from step {state['step']}")
 
     def save(is_best=False):
-        if chief:
-            utils.save_checkpoint(cfg.out_dir, student, tokenizer, optimizer,
-                                  {**state, "step": step, "config": dataclasses.asdict(cfg)}, cfg.keep, ["best"] * is_best)
+        utils.save_checkpoint(cfg.out_dir, student, tokenizer, optimizer,
+                              {**state, "step": step, "config": dataclasses.asdict(cfg)}, cfg.keep, ["best"] * is_best)
         return f"step {step} is saved: --resume goes on"
 
     start_step = state["step"]
+    utils.catch_signals()
     for step in range(start_step, cfg.max_steps + 1):        # step = batches done so far; the last pass only evaluates
+        if stop := utils.signal_received():              # on SIGTERM or SIGINT the step is finished, nothing is lost
+            state["evaluated"] &= step == start_step
+            utils.end_by_signal(stop, save())
         engine.sync(student)
         fresh = not (step == start_step and state["evaluated"])          # else a resumed run has evaluated and saved there
         state["evaluated"] = not fresh
@@ -333,8 +344,10 @@ def main(argv):
                 gap = (old_logps - sampled).abs().max()
                 extremes = torch.maximum(extremes, torch.stack([-ratio.min(), ratio.max(), gap]))
             if world > 1:
-                for p in parameters:
-                    p.grad = utils.all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
+                grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+                vector_to_parameters(utils.all_reduce(parameters_to_vector(grads)), grads)
+                for p, grad in zip(parameters, grads):
+                    p.grad = grad
             timer.lap("student")
             norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
             grad_norm = torch.maximum(grad_norm, norm.cpu())

@@ -42,7 +42,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import utils
-from utils import LocalError, Sampling, UserError
+from utils import Sampling, UserError
 
 
 @dataclasses.dataclass
@@ -203,7 +203,7 @@ def write_shard(path, rows, hidden, metadata, records):
     except (OSError, SafetensorError) as error:
         for leftover in (temporary, jsonl, f"{jsonl}.tmp"):
             Path(leftover).unlink(missing_ok=True)
-        raise LocalError(f"cannot write {path}: {error}; the shards before it are whole: make room and start again with the "
+        raise UserError(f"cannot write {path}: {error}; the shards before it are whole: make room and start again with the "
                         f"same command") from error
 
 

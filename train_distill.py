@@ -33,6 +33,7 @@ Where the paper (arXiv 2605.16826) is silent or contradicts itself, we
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -43,11 +44,16 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils.checkpoint import checkpoint as checkpointed
 from transformers.utils import cached_file
 
 import utils
 from kernels import linear_kl, linear_logp
-from utils import LocalError, Sampling, Timer, UserError
+from utils import Sampling, Timer, UserError
 
 
 @dataclasses.dataclass
@@ -92,6 +98,10 @@ class Config:
     max_grad_norm: float = 1.0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"   # compute; master weights are always fp32
     max_tokens_per_microbatch: int = 16384               # padded tokens in one forward; does not change the result
+    gradient_checkpointing: bool = False                 # keep a layer's input only, and run it again in the backward
+    # processes (torchrun)
+    fsdp: bool = False                                   # shard student and teacher over them; else each holds both whole
+    collective_timeout: float = 1800.0                   # seconds one waits for the others before all end
     # evaluation on a fixed held-out set
     eval_data: str = "data/math500.jsonl"
     eval_every: int = 30                                 # steps; 0: never
@@ -132,6 +142,7 @@ def validate(cfg, world):
     need(cfg.floor_unit == "nats" or cfg.entropy_floor <= 1, "entropy_floor",
          'above 1 x the entropy at the end of the first rung no rung opens; lower it, or set floor_unit="nats"')
     need(cfg.max_grad_norm > 0, "max_grad_norm", "must be positive; inf never clips")
+    need(cfg.collective_timeout > 0, "collective_timeout", "must be positive: seconds")
     if cfg.trajectories is not None:
         need(cfg.prefix == "teacher", "trajectories", 'what is on disk was not written by this student; set prefix="teacher"')
     if cfg.teacher is None:
@@ -196,7 +207,7 @@ class Trajectories:
 
     @staticmethod
     def damaged(path, error):
-        return LocalError(f"{path} is damaged ({str(error).splitlines()[0]}); delete it and run sample.py again with its "
+        return UserError(f"{path} is damaged ({str(error).splitlines()[0]}); delete it and run sample.py again with its "
                          f"command: what it held is sampled again")
 
     def check(self, horizon, positions, vocab_size):
@@ -249,6 +260,20 @@ def load_head(path, data):
     return head
 
 
+def shard(model, device, dtype):
+    """
+    FSDP2: a rank keeps its part of every tensor and gathers a layer, in `dtype`, only while it runs. What is no layer, that is
+    embedding, final norm and LM head, is one group: embedding and head may be one tensor. Gradients are summed in fp32.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for module in [*model.base_model.layers, model]:
+        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+        module.set_gradient_divide_factor(1.0)           # a sum: the loss is divided by the tokens of the whole step
+        module.set_force_sum_reduction_for_comms(True)
+    model.sharded_base_model = lambda *args, **kwargs: model.base_model(*args, **kwargs)
+    register_fsdp_forward_method(model, "sharded_base_model")            # the loss takes hidden states, not forward's logits
+
+
 COLUMNS = {"step": "step", "loss": "loss", "fwd": "forward_kl", "rev": "reverse_kl", "H_q": "student_entropy",
            "H_p": "teacher_entropy", "len": "mean_length", "max": "max_length", "cut": "truncated_share", "grad": "grad_norm",
            "tok/s": "tokens_per_second", "roll": "rollout_seconds", "tea": "teacher_seconds", "stu": "student_seconds",
@@ -257,7 +282,7 @@ COLUMNS = {"step": "step", "loss": "loss", "fwd": "forward_kl", "rev": "reverse_
 
 def main(argv):
     cfg, origin = utils.load_config(Config, argv)
-    rank, world, device = utils.init_processes()
+    rank, world, device = utils.init_processes(cfg.collective_timeout)
     validate(cfg, world)
     chief = rank == 0                                    # the rank that prints and writes
     inputs = (cfg.student, cfg.teacher, cfg.prompts, cfg.eval_data, cfg.trajectories)
@@ -290,15 +315,21 @@ def main(argv):
     if chief:
         utils.print_memory(cfg, kind, device, cfg.student, (cfg.prefix == "teacher" and cfg.teacher) or cfg.student,
                            {"teacher": (None if data and data.cached else cfg.teacher, dtype.itemsize)}, ladder[-1])
-    student = utils.load_model(checkpoint or cfg.student, torch.float32, device)
+    sharded = cfg.fsdp and world > 1
+    host = "cpu" if sharded else device                  # sharding moves a layer at a time
+    student = utils.load_model(checkpoint or cfg.student, torch.float32, host)
     teacher = head_p = None
     if cfg.teacher and data and data.cached:
         if cfg.eval_teacher:
             raise UserError("eval_teacher=True: beside cached hidden states only the teacher's LM head is loaded; set it False")
         head_p = load_head(cfg.teacher, data).to(device, dtype)
     elif cfg.teacher:
-        teacher = utils.load_model(cfg.teacher, dtype, device).requires_grad_(False)
+        teacher = utils.load_model(cfg.teacher, dtype, host).requires_grad_(False)
         head_p = teacher.get_output_embeddings().weight
+    for model in filter(None, (student, teacher) if sharded else ()):
+        shard(model, device, dtype)
+    for layer in student.base_model.layers if cfg.gradient_checkpointing else ():
+        layer.forward = functools.partial(checkpointed, layer.forward, use_reentrant=False, preserve_rng_state=False)
     vocab_size = min(len(W) for W in (student.get_output_embeddings().weight, head_p) if W is not None)
     positions = min(m.config.max_position_embeddings for m in (student, teacher) if m)
     own_stops = state["own_stops"] = state["own_stops"] or utils.stop_ids(student.generation_config, tokenizer)
@@ -349,9 +380,8 @@ def main(argv):
 
     def save(is_best=False):
         links = ["best"] * is_best + ["stable"] * (state["rung_began"] == step > 0)      # stable: where a gate has just opened
-        if chief:
-            utils.save_checkpoint(cfg.out_dir, student, tokenizer, optimizer,
-                                  {**state, "step": step, "config": dataclasses.asdict(cfg)}, cfg.keep, links)
+        utils.save_checkpoint(cfg.out_dir, student, tokenizer, optimizer,
+                              {**state, "step": step, "config": dataclasses.asdict(cfg)}, cfg.keep, links)
         return f"step {step} is saved: --resume goes on"
 
     def evaluate(engine, model, held_out, how, samples):
@@ -365,7 +395,11 @@ def main(argv):
         return metrics
 
     start_step = state["step"]
+    utils.catch_signals()
     for step in range(start_step, cfg.max_steps + 1):        # step = updates done so far; the last pass only evaluates
+        if stop := utils.signal_received():              # on SIGTERM or SIGINT the step is finished, nothing is lost
+            state["looked"] &= step == start_step
+            utils.end_by_signal(stop, save())
         student_engine.sync(student)
         fresh = not (step == start_step and state["looked"])     # else a resumed run has looked, evaluated and saved there
         state["looked"] = not fresh
@@ -381,8 +415,11 @@ def main(argv):
             else:
                 state["closed"] = True
                 if cfg.on_gate_closed == "rollback" and rung:            # to the checkpoint of the last gate that opened
-                    stable = os.path.join(cfg.out_dir, f"step_{state['rung_began']:06d}")
-                    student.load_state_dict(utils.load_model(stable, torch.float32, device).state_dict())
+                    stable = Path(cfg.out_dir, f"step_{state['rung_began']:06d}")
+                    if why := utils.damage(stable):
+                        raise UserError(f"cannot roll back to {stable}: it is damaged ({why}); go on with on_gate_closed=hold")
+                    set_model_state_dict(student, utils.load_model(stable, torch.float32).state_dict(),
+                                         options=StateDictOptions(full_state_dict=True))
                     utils.load_optimizer(stable, student, optimizer)
                     student_engine.sync(student)
                     state["rung"] = rung - 1
@@ -435,24 +472,27 @@ def main(argv):
         counts = torch.tensor([sum(len(r) for _, r in sequences), len(sequences), truncated, *flops], dtype=torch.float64)
         all_tokens, all_sequences, truncated, *flops = utils.all_reduce(counts.to(device)).tolist()
         student_flops, teacher_flops, writer_flops = flops
-        longest = torch.tensor(max([len(r) for _, r in sequences], default=0), device=device)
-        longest = utils.all_reduce(longest, dist.ReduceOp.MAX).item()
+        batches = utils.microbatches(lengths, cfg.max_tokens_per_microbatch)
+        most = torch.tensor([max([len(r) for _, r in sequences], default=0), len(batches)], device=device)
+        longest, forwards = utils.all_reduce(most, dist.ReduceOp.MAX).tolist()
+        batches += [[]] * (forwards - len(batches))      # as many on every rank: with fsdp each is a collective
         timer.lap("rollout")
 
         # 2. - 3. hidden states of both models on those prefixes, and the KL from them, gradient included
-        head_q = student.get_output_embeddings().weight
         totals = torch.zeros(5, device=device)           # loss, then sums over tokens: forward, reverse, H(q), H(p)
-        for picked in utils.microbatches(lengths, cfg.max_tokens_per_microbatch):
-            batch = [sequences[i] for i in picked]
+        for picked in batches:
+            batch = [sequences[i] for i in picked] or [([0], [])]        # a prompt without a response: weight 0
             norms = [1 / all_tokens if cfg.loss_norm == "token" else 1 / (len(r) * all_sequences) for _, r in batch for _ in r]
             weight = torch.tensor(norms, device=device)                                                # (N,)
             if teacher:
                 with torch.no_grad():
                     h_p = utils.response_hidden(teacher, batch, dtype)                                 # (N, H_t)
+                head_p = teacher.get_output_embeddings().weight
             elif cfg.teacher:
-                h_p = torch.cat([cached[i] for i in picked]).to(device, dtype)
+                h_p = torch.cat([head_p[:0], *(cached[i].to(device, dtype) for i in picked)])
             timer.lap("teacher")
             h_q = utils.response_hidden(student, batch, dtype)                                         # (N, H)
+            head_q = student.get_output_embeddings().weight      # after the forward: with fsdp it is whole from there on
             if cfg.teacher:
                 loss, *stats = linear_kl(h_q, head_q, h_p, head_p, weight, cfg.reverse_weight)
             else:                                        # cross-entropy is the forward KL to a one-hot p
@@ -465,10 +505,11 @@ def main(argv):
 
         # 4. one gradient sum over ranks (weights are already divided by the tokens of the whole step), clip, step
         if all_tokens:
-            if world > 1:
-                for p in parameters:
-                    p.grad = utils.all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
+            if world > 1 and not sharded:                # sharded gradients are summed in the backward
+                grads = [p.grad for p in parameters]
+                vector_to_parameters(utils.all_reduce(parameters_to_vector(grads)), grads)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+            grad_norm = grad_norm.full_tensor() if sharded else grad_norm
             totals = utils.all_reduce(totals)
             loss, *sums = totals.tolist()
             if not torch.isfinite(grad_norm + totals[0]):

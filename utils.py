@@ -7,6 +7,7 @@ A *sequence* is (prompt ids, response ids), two lists of ints. Tokens go in and 
 
 import ast
 import bisect
+import contextlib
 import copy
 import dataclasses
 import datetime
@@ -23,12 +24,14 @@ import random
 import re
 import select
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
 import typing
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +40,10 @@ from pathlib import Path
 import safetensors
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
@@ -52,11 +58,7 @@ class UserError(ValueError):
     """A mistake the user can mend. The message names the value, the limit and the remedy; scripts print it as one line."""
 
 
-class LocalError(UserError):
-    """One that a single rank may meet, such as a full disk: any rank prints it, not the first alone."""
-
-
-class EngineError(LocalError):
+class EngineError(UserError):
     """Rollouts failed or hang; what was computed before them is whole."""
 
 
@@ -149,18 +151,25 @@ def print_config(cfg, origin):
 
 # ------------------------------------------------------------------------------------------------- processes and seeds
 
-def init_processes(patience=datetime.timedelta(hours=2)):
-    """(rank, world size, device), under torchrun or alone; NCCL on GPUs, gloo on CPUs. patience: how long a rank waits."""
+_store = None                                            # torchrun's, once the processes know each other
+
+
+def init_processes(patience=7200.0):
+    """(rank, world size, device), under torchrun or alone; NCCL on GPUs, gloo on CPUs. patience: seconds a rank waits."""
+    global _store
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local, visible = int(os.environ.get("LOCAL_RANK", 0)), os.environ.get("CUDA_VISIBLE_DEVICES")
     if world > 1 and visible != "" and (visible is None or "," in visible):      # "": no GPU is wanted; one: it is set already
         # each process sees its own GPU only, as cuda:0, for vLLM in it takes the first it sees; before CUDA is touched
         os.environ["CUDA_VISIBLE_DEVICES"] = str(local) if visible is None else (visible.split(",") + ["-1"] * local)[local]
         if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
-            raise LocalError(f"process {local} on this machine has no GPU; lower --nproc_per_node to the number of GPUs")
+            raise UserError(f"process {local} on this machine has no GPU; lower --nproc_per_node to the number of GPUs")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        patience = datetime.timedelta(seconds=patience)
+        _store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=_store, rank=rank,
+                                world_size=world, timeout=patience)
     return rank, world, device
 
 
@@ -169,6 +178,38 @@ def all_reduce(tensor, op=dist.ReduceOp.SUM):
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor, op)
     return tensor
+
+
+_signal = [0, 0.0]                                       # the first that came, and when
+
+
+def catch_signals():
+    """
+    From now on SIGTERM and SIGINT are noted for `signal_received`. A second one ends the process at once, unless it follows
+    within a second: schedulers signal torchrun and its processes, and torchrun passes its own on.
+    """
+    def note(number, _):
+        if _signal[0] and time.monotonic() > _signal[1] + 1:
+            os._exit(128 + number)
+        if not _signal[0]:
+            _signal[:] = number, time.monotonic()
+    _signal[0] = 0
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, note)
+        signal.signal(signal.SIGINT, note)
+
+
+def signal_received():
+    """The number of the signal that any rank has received, or 0. All ranks call it: they stop together, or none does."""
+    return int(all_reduce(torch.tensor(float(_signal[0])), dist.ReduceOp.MAX).item())
+
+
+def end_by_signal(number, saved):
+    """Leave together, with the exit code of a program that died of this signal: what comes after it must not start."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"{signal.Signals(number).name}: {saved}", flush=True)
+    all_reduce(torch.zeros(1))                           # torchrun ends all with the first that ends
+    sys.exit(128 + number)
 
 
 def derive_seed(*parts):
@@ -466,7 +507,7 @@ class HFEngine:
         layers = getattr(model.config, "layer_types", None) or [
             "sliding_attention" if getattr(model.config, "sliding_window", None) else "full_attention"]
         self.plain = model.config._attn_implementation == "sdpa" and set(layers) == {"full_attention"}
-        if model.dtype != dtype:
+        if model.dtype != dtype and not isinstance(model, FSDPModule):       # which gathers in the compute dtype
             self.model = copy.deepcopy(model).eval()
             for parameter in self.model.parameters():    # buffers stay: rotary frequencies in bf16 are radians off at 4096
                 parameter.data = parameter.data.to(dtype)
@@ -494,9 +535,13 @@ class HFEngine:
             results[i] = tuple(result)
         return results
 
-    @torch.inference_mode()
     def stream(self, prompts, sampling, seeds, on_token=None):
         """The same as (index, tokens, logps, stop_reason), each as soon as it ends; on_token(index, token) sees every token."""
+        with gathered(self.model):
+            yield from self._stream(prompts, sampling, seeds, on_token)
+
+    @torch.inference_mode()
+    def _stream(self, prompts, sampling, seeds, on_token):
         device, limit, stops = self.model.device, sampling.max_new_tokens, set(sampling.stop_ids)
         head = self.model.get_output_embeddings().weight[:sampling.vocab_size]
         waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))      # the next is the last: little padding
@@ -546,8 +591,8 @@ class HFEngine:
         positions = (columns[-ids.shape[1]:] - end + lengths[:, None]).clamp(min=0)
         if self.plain and ids.shape[1] == 1:             # building it from two dimensions is a tenth of a small model's time
             mask = mask[:, None, None]
-        return self.model.base_model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                                     use_cache=True).last_hidden_state[:, -1]
+        return base_model(self.model)(ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                                      use_cache=True).last_hidden_state[:, -1]
 
 
 def _join(a, b, width):
@@ -611,7 +656,7 @@ class VLLMEngine:
         from vllm import LLM
         # untied: on a CPU a tied head would keep the packed copy that was made at loading, and go stale without an error
         config = copy.deepcopy(model.config)
-        config.architectures = [type(model).__name__]
+        config.architectures = [type(model).__name__.removeprefix("FSDP")]
         config.tie_word_embeddings, config.vocab_size, config.eos_token_id = False, self.vocab_size, None
         # a GPU: 0.01, or it wants 0.92 of the memory to be free, whatever the cache's size. A CPU: a prompt must not be cut in
         # two, for putting a seeded generator back fails ("does not use offset")
@@ -626,6 +671,7 @@ class VLLMEngine:
 
     def _weights(self, model):
         for name, tensor in model.state_dict().items():
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor     # one at a time, on all ranks together
             yield name, (tensor[:self.vocab_size] if _is_vocabulary(name) else tensor).to(self.dtype)
 
     def sync(self, model):
@@ -759,7 +805,7 @@ def make_engine(kind, cfg, model, dtype, vocab_size, max_length, sleeps=True):
 def agree(rescue, work, *args):
     """
     work(*args) on every rank. Where the engine fails on one of them, none waits for it: rescue() on all ranks, which saves what
-    there is and says where, then EngineError on the one and UserError on the others.
+    there is and says where, then EngineError on the one and a silent end on the others.
     """
     result, error = None, None
     try:
@@ -772,11 +818,36 @@ def agree(rescue, work, *args):
         except (RuntimeError, OSError) as failure:       # a GPU that hangs or failed gives nothing back
             saved = f"this step could not be saved ({_first_line(failure)}), checkpoints before it are whole"
         all_reduce(torch.zeros(1))                       # on the CPU; torchrun kills all when the first ends
-        raise EngineError(f"{error}; {saved}") if error else UserError(f"the rollouts of another rank failed; {saved}")
+        if error is None:
+            time.sleep(5)                                # the one that failed says why
+            os._exit(1)
+        raise EngineError(f"{error}; {saved}")
     return result
 
 
 # --------------------------------------------------------------------------------------------- forwards over responses
+
+def base_model(model):
+    """The part of a causal LM before its head; where FSDP shards it, by the method around which FSDP gathers weights."""
+    return getattr(model, "sharded_base_model", model.base_model)
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """
+    Inside, every rank holds the whole weights of a model sharded by FSDP: gathered once, not once a token, and ranks need not
+    run equally many forwards. Any other model is left as it is.
+    """
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for shard in shards:
+        shard.unshard()
+        shard.set_reshard_after_forward(False, recurse=False)
+    yield
+    for shard in shards:
+        shard.reshard()
+        if shard is not model:                           # the root's weights stay after a forward, for the LM head
+            shard.set_reshard_after_forward(True, recurse=False)
+
 
 def microbatches(lengths, max_tokens):
     """
@@ -804,7 +875,7 @@ def response_hidden(model, sequences, dtype=torch.float32):
     width = max(len(p) + len(r) for p, r in sequences)
     ids = torch.tensor([[*p, *r, *[0] * (width - len(p) - len(r))] for p, r in sequences], device=device)     # (B, T)
     with torch.autocast(device.type, dtype, enabled=model.dtype != dtype):
-        hidden = model.base_model(ids, use_cache=False).last_hidden_state                                     # (B, T, H)
+        hidden = base_model(model)(ids, use_cache=False).last_hidden_state                                    # (B, T, H)
     where = [row * width + len(p) - 1 + t for row, (p, r) in enumerate(sequences) for t in range(len(r))]
     return hidden.flatten(0, 1).index_select(0, torch.tensor(where, dtype=torch.long, device=device)).to(dtype)
 
@@ -812,27 +883,41 @@ def response_hidden(model, sequences, dtype=torch.float32):
 @torch.no_grad()
 def check_logprobs(engine, model, prompts, rollouts, vocab_size, dtype, max_tokens):
     """`check_gaps` of rollouts against a forward of `model`."""
-    gaps, sequences = [], [(prompt, tokens) for prompt, (tokens, _, _) in zip(prompts, rollouts)]
-    for batch in microbatches([len(p) + len(r) for p, r in sequences], max_tokens):
-        hidden = response_hidden(model, [sequences[b] for b in batch], dtype)
-        targets = torch.tensor([t for b in batch for t in sequences[b][1]], dtype=torch.long, device=hidden.device)
-        logps, _ = linear_logp(hidden, model.get_output_embeddings().weight[:vocab_size], targets)
-        gaps += [abs(x - y) for x, y in zip(logps.tolist(), (y for b in batch for y in rollouts[b][1]))]
-    return check_gaps(engine, model, gaps)
+    return check_gaps(engine, model, score(model, prompts, rollouts, vocab_size, dtype, max_tokens)[1])
+
+
+@torch.no_grad()
+def score(model, prompts, rollouts, vocab_size, dtype, max_tokens):
+    """
+    A forward of `model` over rollouts (tokens, logps, stop reason): the entropies of each as (n,) fp64, in nats, and for all of
+    their tokens |log q of the engine - log q of the model|.
+    """
+    entropies, gaps = [None] * len(prompts), []
+    sequences = [(prompt, tokens) for prompt, (tokens, _, _) in zip(prompts, rollouts)]
+    with gathered(model):
+        for batch in microbatches([len(p) + len(r) for p, r in sequences], max_tokens):
+            hidden = response_hidden(model, [sequences[b] for b in batch], dtype)
+            targets = torch.tensor([t for b in batch for t in sequences[b][1]], dtype=torch.long, device=hidden.device)
+            logps, entropy = linear_logp(hidden, model.get_output_embeddings().weight[:vocab_size], targets)
+            gaps += [abs(x - y) for x, y in zip(logps.tolist(), (y for b in batch for y in rollouts[b][1]))]
+            for b, part in zip(batch, entropy.double().cpu().split([len(sequences[b][1]) for b in batch])):
+                entropies[b] = part
+    return entropies, gaps
 
 
 def check_gaps(engine, model, gaps):
     """
     {"logprob_gap_mean", "logprob_gap_max"} of |log q of the engine - log q of the trainer| at each sampled token, nats; both of
-    the full softmax at T = 1, so top-p and top-k do not matter. LocalError where the mean passes max_logprob_gap.
+    the full softmax at T = 1, so top-p and top-k do not matter. UserError where the mean passes max_logprob_gap.
     """
     mean, largest = sum(gaps) / max(1, len(gaps)), max(gaps, default=0.0)
     if not mean <= engine.max_logprob_gap:               # NaN too
         try:
-            worst = ", ".join(f"{name} {difference:.1g}" for difference, name in engine.differences(model)[:3])
+            worst = [f"{name} {x:.1g}" for x, name in ([] if isinstance(model, FSDPModule) else engine.differences(model)[:3])]
+            worst = ", ".join(worst) or "not compared, for the model is sharded"
         except EngineError as error:                     # an architecture whose packing is another
             worst = f"unknown ({error})"
-        raise LocalError(f"log-probs of rollouts and trainer differ by {mean:.2g} nats on average, {largest:.2g} at most; the "
+        raise UserError(f"log-probs of rollouts and trainer differ by {mean:.2g} nats on average, {largest:.2g} at most; the "
                          f"mean passes max_logprob_gap={engine.max_logprob_gap:g}. Relative differences of weights: {worst}. "
                          f"Where that is rounding, raise max_logprob_gap; else the engine has other weights: --engine=hf")
     return {"logprob_gap_mean": mean, "logprob_gap_max": largest}
@@ -1035,7 +1120,7 @@ def _math_verify(answer, gold, seconds):
         process = subprocess.Popen([sys.executable, "-c", _GRADER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                    stderr=subprocess.DEVNULL, text=True)
         if process.stdout.readline() != "ready\n":
-            raise LocalError("grading needs math-verify, and cannot import it: pip install 'math-verify>=0.9,<0.10'") from None
+            raise UserError("grading needs math-verify, and cannot import it: pip install 'math-verify>=0.9,<0.10'") from None
     try:
         process.stdin.write(json.dumps([gold, answer]) + "\n")
         process.stdin.flush()
@@ -1077,16 +1162,9 @@ def respond(engine, model, tokenizer, problems, prompts, pairs, sampling, seed, 
     A record for each (index, sample) of `pairs`: the response of `model` to problems[index], of prompt ids prompts[index],
     graded and measured. Entropies are of the full softmax at T = 1, in nats, summed over tokens.
     """
-    rollouts = engine.generate([prompts[i] for i, _ in pairs], sampling, [derive_seed(seed, "eval", i, j) for i, j in pairs])
-    entropy, gaps = [None] * len(pairs), []
-    sequences = [(prompts[i], tokens) for (i, _), (tokens, _, _) in zip(pairs, rollouts)]
-    for batch in microbatches([len(p) + len(r) for p, r in sequences], max_tokens):
-        hidden = response_hidden(model, [sequences[b] for b in batch], dtype)
-        targets = torch.tensor([t for b in batch for t in sequences[b][1]], device=hidden.device)
-        logps, per_token = linear_logp(hidden, model.get_output_embeddings().weight[:sampling.vocab_size], targets)
-        gaps += [abs(x - y) for x, y in zip(logps.tolist(), (y for b in batch for y in rollouts[b][1]))]
-        for b, part in zip(batch, per_token.double().cpu().split([len(sequences[b][1]) for b in batch])):
-            entropy[b] = part
+    asked = [prompts[i] for i, _ in pairs]
+    rollouts = engine.generate(asked, sampling, [derive_seed(seed, "eval", i, j) for i, j in pairs])
+    entropy, gaps = score(model, asked, rollouts, sampling.vocab_size, dtype, max_tokens)
     check_gaps(engine, model, gaps)
     responses = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens, _, _ in rollouts]
     golds = [problems[i]["answer"] for i, _ in pairs]
@@ -1167,9 +1245,14 @@ def write_lines(path, rows, mode="a"):
             return {k: clean(v) for k, v in x.items()}
         return None if isinstance(x, float) and not math.isfinite(x) else x
     target = f"{path}.tmp" if mode == "w" else path
-    with open(target, mode, encoding="utf-8") as file:
-        file.write("".join(json.dumps(clean(row)) + "\n" for row in rows))
-    os.replace(target, path)
+    try:
+        with open(target, mode, encoding="utf-8") as file:
+            file.write("".join(json.dumps(clean(row)) + "\n" for row in rows))
+        os.replace(target, path)
+    except OSError as error:
+        why = error.strerror if Path(path).parent.is_dir() else "its folder has been removed"
+        raise UserError(f"cannot write {path}: {why}; mend that and start again the same way, a training run with --resume: "
+                        f"what was saved before is whole") from error
 
 
 def read_lines(path):
@@ -1186,9 +1269,11 @@ def open_run(cfg, origin, state, rank, world):
         dist.barrier()                                   # every rank has checked out_dir
     metrics_file = os.path.join(cfg.out_dir, "metrics.jsonl")
     if rank == 0:
-        if cfg.overwrite and os.path.exists(cfg.out_dir):
+        if cfg.overwrite and state["step"] == 0 and os.path.exists(cfg.out_dir):       # else torchrun has restarted the run
             shutil.rmtree(os.path.realpath(cfg.out_dir))
         os.makedirs(cfg.out_dir, exist_ok=True)
+        for leftover in Path(cfg.out_dir).glob(".step_*"):       # of a save that was cut short
+            shutil.rmtree(leftover)
         print_config(cfg, origin)
         for key, old in state.get("config", {}).items():     # of a resumed run
             now = json.loads(json.dumps(getattr(cfg, key)))      # as JSON has it: a tuple is a list there
@@ -1239,14 +1324,17 @@ class Timer:
 
 
 def prepare_out_dir(out_dir, resume, overwrite, inputs=()):
-    """Check `out_dir` before any work: returns the checkpoint to resume from, or None. Writes nothing. `inputs`: paths read."""
-    path = Path(out_dir)
+    """
+    Check `out_dir` before any work: returns the checkpoint to go on from, or None. Writes nothing. `inputs`: paths read. All
+    ranks call it. Restarted by `torchrun --max-restarts`, a run resumes by itself.
+    """
+    path, restarted = Path(out_dir), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other: go on with the run, or throw it away")
+    if (resume or restarted) and (path / "run_config.json").is_file():
+        return newest_checkpoint(path)
     if resume:
-        if not (path / "last" / "train_state.json").is_file():
-            raise UserError(f"nothing to resume in {path}: no checkpoint {path / 'last'}; start without --resume")
-        return path / "last"
+        raise UserError(f"nothing to resume in {path}: it has no run_config.json; start without --resume")
     if path.exists() and not path.is_dir():
         raise UserError(f"out_dir={str(path)!r} is a file; choose another name")
     if path.is_dir() and any(path.iterdir()):
@@ -1263,37 +1351,98 @@ def prepare_out_dir(out_dir, resume, overwrite, inputs=()):
 def save_checkpoint(out_dir, model, tokenizer, optimizer, state, keep, links=()):
     """
     Write out_dir/step_000040, from state["step"]: an ordinary model folder with its tokenizer, and beside it
-    optimizer.safetensors and train_state.json. Written to a temporary name and renamed. `last` and the
-    `links` ("best", "stable") point to it; what no link points to stays while among the newest `keep`. Call on rank 0.
+    optimizer.safetensors, train_state.json and manifest.json with the SHA-256 of every file. It does not depend on the number
+    of ranks: all of them call it, and the first writes what is gathered, to a temporary name that is renamed when everything is
+    on the disk. `last` and the `links` ("best", "stable") point to it; what no link points to stays while among the newest
+    `keep`. UserError when it cannot be written; nothing is left of it then.
     """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    moments = get_optimizer_state_dict(model, optimizer, options=options) if optimizer.state else {}
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    own = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}         # a tied tensor once
     out_dir, name = Path(out_dir), f"step_{state['step']:06d}"
-    temporary = out_dir / f".{name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    tensors = {f"{name_}/{key}": value.contiguous() for name_, parameter in model.named_parameters()
-               for key, value in optimizer.state.get(parameter, {}).items()}
-    save_file(tensors, temporary / "optimizer.safetensors")
-    (temporary / "train_state.json").write_text(json.dumps(state, indent=1))
-    shutil.rmtree(out_dir / name, ignore_errors=True)
-    os.replace(temporary, out_dir / name)
-    for link in [*links, "last"]:
-        (out_dir / f".{link}.tmp").unlink(missing_ok=True)
-        os.symlink(name, out_dir / f".{link}.tmp")
-        os.replace(out_dir / f".{link}.tmp", out_dir / link)
+    temporary, old = out_dir / f".{name}.tmp", out_dir / f".{name}.old"
+    try:
+        if not out_dir.is_dir():
+            raise FileNotFoundError("its folder has been removed")
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary, state_dict={key: value for key, value in weights.items() if key in own})
+        tokenizer.save_pretrained(temporary)
+        save_file({f"{name_}/{key}": value.contiguous() for name_, values in moments.get("state", {}).items()
+                   for key, value in values.items()}, temporary / "optimizer.safetensors")
+        (temporary / "train_state.json").write_text(json.dumps(state, indent=1))
+        (temporary / "manifest.json").write_text(json.dumps({"sha256": _digests(temporary)}, indent=1))
+        for path in [*temporary.iterdir(), temporary]:   # a disk that is full, or a network, may say so only now
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        if (out_dir / name).exists():                    # of this run, resumed
+            os.replace(out_dir / name, old)
+        os.replace(temporary, out_dir / name)
+        shutil.rmtree(old, ignore_errors=True)
+        for link in [*links, "last"]:
+            (out_dir / f".{link}.tmp").unlink(missing_ok=True)
+            os.symlink(name, out_dir / f".{link}.tmp")
+            os.replace(out_dir / f".{link}.tmp", out_dir / link)
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"cannot save {out_dir / name}: {_first_line(error)}; checkpoints before it are whole: make room, then "
+                        f"--resume") from error
     pointed = {os.readlink(out_dir / link) for link in ("last", "best", "stable") if (out_dir / link).is_symlink()}
-    for old in sorted(out_dir.glob("step_*"))[:-keep]:
-        if old.name not in pointed:
-            shutil.rmtree(old)
+    for older in sorted(out_dir.glob("step_*"))[:-keep]:
+        if older.name not in pointed:
+            shutil.rmtree(older)
+
+
+def _digests(folder):
+    digests = {}
+    for path in sorted(folder.iterdir()):
+        with open(path, "rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def damage(checkpoint):
+    """What is wrong with the files of a checkpoint, by its manifest; "" where it is whole."""
+    try:
+        promised = json.loads((checkpoint / "manifest.json").read_text())["sha256"]
+        found = _digests(checkpoint)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"manifest.json: {_first_line(error)}"
+    wrong = [name for name, digest in promised.items() if found.get(name) != digest]
+    return f"{wrong[0]} is not what was saved" if wrong else ""
+
+
+def newest_checkpoint(out_dir):
+    """
+    The newest whole step_* folder, found by the first rank for all; None where nothing was saved yet. Damaged ones are named,
+    and passed over. UserError when all are damaged.
+    """
+    newest, wrong = -1, []
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        for folder in sorted(out_dir.glob("step_*"), reverse=True):
+            if why := damage(folder):
+                wrong.append(f"{folder} is damaged ({why})")
+                continue
+            newest = int(folder.name.removeprefix("step_"))
+            break
+        if wrong and newest < 0:
+            raise UserError(f"{'; '.join(wrong)}: no whole checkpoint to resume from; start anew with --overwrite")
+        for line in wrong:
+            print(f"warning: {line}: going on from step {newest}")
+        if newest < 0:
+            print(f"no checkpoint in {out_dir} yet: from the start")
+    newest = int(all_reduce(torch.tensor(newest), dist.ReduceOp.MAX).item())
+    if newest >= 0 and not (out_dir / f"step_{newest:06d}").is_dir():
+        raise UserError(f"{out_dir / f'step_{newest:06d}'} is not on this machine: all of them need the same out_dir")
+    return out_dir / f"step_{newest:06d}" if newest >= 0 else None
 
 
 def read_train_state(checkpoint, script):
     """train_state.json of a checkpoint this script wrote, or a UserError."""
-    try:
-        state = json.loads((Path(checkpoint) / "train_state.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{checkpoint} is damaged: train_state.json: {_first_line(error)}; resume from another step_* folder "
-                        f"by pointing `last` at it") from error
+    state = json.loads((checkpoint / "train_state.json").read_text())
     if state.get("script") != script:
         raise UserError(f"{checkpoint} was written by {state.get('script')!r}, not by {script!r}; "
                         f"start from its weights instead: --student={checkpoint}")
@@ -1301,38 +1450,57 @@ def read_train_state(checkpoint, script):
 
 
 def load_optimizer(checkpoint, model, optimizer):
-    """Restore AdamW's moments, exactly. Raises UserError when the file is damaged or belongs to another model."""
-    path = Path(checkpoint) / "optimizer.safetensors"
+    """Restore AdamW's moments, exactly; sharded ones from the whole. Raises UserError when the file is another model's."""
+    path, by_parameter = Path(checkpoint) / "optimizer.safetensors", {}
     try:
-        tensors = load_file(path)
-        if not tensors:                                  # written before the first update
-            return
-        by_parameter = {}
-        for i, (name, parameter) in enumerate(model.named_parameters()):
-            by_parameter[i] = {key: tensors.pop(f"{name}/{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
-            if by_parameter[i]["exp_avg"].shape != parameter.shape:
-                raise UserError(f"{path} belongs to another model: {name} is {tuple(by_parameter[i]['exp_avg'].shape)} there "
-                                f"and {tuple(parameter.shape)} here")
-    except (OSError, KeyError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path} is damaged or belongs to another model: {_first_line(error)}; resume from another step_* "
-                        f"folder by pointing `last` at it") from error
+        with safetensors.safe_open(path, "pt") as file:          # a tensor at a time: every rank reads it
+            if not file.keys():                          # written before the first update
+                return
+            for i, (name, parameter) in enumerate(model.named_parameters()):
+                values = {key: file.get_tensor(f"{name}/{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
+                if values["exp_avg"].shape != parameter.shape:
+                    raise UserError(f"{path} belongs to another model: {name} is {tuple(values['exp_avg'].shape)} there and "
+                                    f"{tuple(parameter.shape)} here")
+                by_parameter[i] = {key: distribute_tensor(value.to(parameter.device), parameter.device_mesh,
+                                                          parameter.placements, src_data_rank=None)
+                                   if isinstance(parameter, DTensor) and value.ndim else value for key, value in values.items()}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path} is damaged or belongs to another model: {_first_line(error)}") from error
     optimizer.load_state_dict({"state": by_parameter, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def run(main, doc, cls):
-    """Call main(argv) for a script: --help, and mistakes as one line on rank 0."""
+    """Call main(argv) for a script: --help, mistakes as one line, and of several processes' errors only the first."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(doc, inspect.getsource(cls), sep="\n")
         return
     try:
         main(sys.argv[1:])
-    except EngineError as error:                         # its thread may hang, and hold up an orderly end
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        time.sleep(1)                                    # what other ranks wait for may still be on its way
-        os._exit(1)
-    except UserError as error:
-        first = os.environ.get("LOCAL_RANK", "0") == "0"      # once a machine
-        sys.exit(f"error: {error}" if first or isinstance(error, LocalError) else 1)
+    except Exception as error:                           # whatever it is, the other processes must not wait for this one
+        together = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        if not _first_to_fail():
+            time.sleep(5)                                # torchrun ends all with the first that ends: let that be the cause
+        elif isinstance(error, UserError | OSError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        elif together and isinstance(error, RuntimeError) and re.search("gloo|NCCL|ProcessGroup", str(error)):
+            print(f"error: another process has ended, or is silent for longer than a rank waits ({_first_line(error)[:200]})",
+                  file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+        if together or isinstance(error, EngineError):   # an orderly end would wait for what hangs
+            sys.stdout.flush()
+            os._exit(1)
+        sys.exit(1)
     finally:
         if dist.is_initialized() and not _alive:         # vLLM's exit takes them down itself
             dist.destroy_process_group()
+
+
+def _first_to_fail():
+    """True for the first process that asks: the errors after it are mostly its consequences."""
+    if _store is None:                                   # too early to know of each other; then all meet the same error
+        return os.environ.get("RANK", "0") == "0"
+    try:
+        return _store.add("failed", 1) == 1
+    except RuntimeError:                                 # torchrun, which keeps the store, has ended
+        return True

@@ -205,7 +205,7 @@ def test_foreign_folders_and_full_disks(done, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(utils, "write_lines", full)
-    with pytest.raises(utils.LocalError, match="No space left on device; make room"):
+    with pytest.raises(utils.UserError, match="No space left on device; mend that"):
         run(tmp_path / "full")
 
 

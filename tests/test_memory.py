@@ -75,7 +75,7 @@ def test_a_wrong_engine_is_found_here_too(student, prompts):
     engine.model.model.norm.weight.data *= 1.5
     rollouts = engine.generate(prompts[:8], utils.Sampling(12, (257, 260)), range(8))
     engine.max_logprob_gap = 0.05
-    with pytest.raises(utils.LocalError, match=r"passes max_logprob_gap=0.05. .*: model.norm.weight 0.5,"):
+    with pytest.raises(utils.UserError, match=r"passes max_logprob_gap=0.05. .*: model.norm.weight 0.5,"):
         utils.check_logprobs(engine, student, prompts[:8], rollouts, 272, torch.bfloat16, 4096)
     engine.sync(student)
     rollouts = engine.generate(prompts[:8], utils.Sampling(12, (257, 260)), range(8))

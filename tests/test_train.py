@@ -335,25 +335,60 @@ def test_resume_mistakes(train):
         train_distill.main([*again, "--student=data/toy/teacher"])
     with pytest.raises(utils.UserError, match="--overwrite would delete"):
         train_distill.main([*again[:-2], "--overwrite", f"--out_dir={run}", f"--student={run}/step_000001"])
-    state = run / "last" / "train_state.json"
-    text = state.read_text()
-    state.write_text(text.replace('"train_distill"', '"rl_grpo"'))
-    with pytest.raises(utils.UserError, match="was written by 'rl_grpo'"):
-        train_distill.main(again)
-    state.write_text(text[:20])
-    with pytest.raises(utils.UserError, match="is damaged"):
-        train_distill.main(again)
-    state.write_text(text)
     with pytest.raises(utils.UserError, match="max_steps=0: .* is at step 1 already"):
         train_distill.main([*again, "--max_steps=0"])
-    for name in ("optimizer.safetensors", "model.safetensors"):
+    with pytest.raises(utils.UserError, match="was written by 'train_distill', not by 'rl_grpo'"):
+        utils.read_train_state(run / "last", "rl_grpo")
+    with pytest.raises(utils.UserError, match="nothing to resume in .*/other: it has no run_config.json"):
+        train_distill.main([*again[:-1], f"--out_dir={run.parent}/other"])
+    assert not (run.parent / "other").exists()
+    for name in ("optimizer.safetensors", "model.safetensors", "train_state.json", "config.json", "manifest.json"):
         whole = (run / "last" / name).read_bytes()
-        (run / "last" / name).write_bytes(whole[:-100])
-        with pytest.raises(utils.UserError, match=r"is damaged|cannot load a model"):
-            train_distill.main(again)
-        (run / "last" / name).write_bytes(whole)
+        for damaged in (whole[:-10], whole[:50] + bytes([whole[50] ^ 1]) + whole[51:], None):
+            (run / "last" / name).unlink() if damaged is None else (run / "last" / name).write_bytes(damaged)
+            with pytest.raises(utils.UserError, match=r"step_000001 is damaged \(.*\): no whole checkpoint to resume from"):
+                train_distill.main(again)
+            (run / "last" / name).write_bytes(whole)
     train_distill.main(again)                            # whole again, it resumes
     assert [row["step"] for row in utils.read_lines(run / "metrics.jsonl")] == [1, 2]
+
+
+def test_resume_from_the_newest_whole_checkpoint(train, capsys):
+    """Damaged ones are passed over, `last` is not asked; without any the run begins again; leftovers of a save go."""
+    options = ("configs/toy_opd.py", "--save_every=1")
+    _, whole = train(*options, "--max_steps=3")
+    _, run = train(*options, "--max_steps=2")
+    (run / "last").unlink()
+    os.symlink("step_000001", run / "last")              # killed after the rename of step 2, before `last` was moved
+    (run / ".step_000003.tmp").mkdir()
+    rows, _ = train(*options, "--max_steps=3", "--resume", out=run)
+    assert "from step 2\n" in capsys.readouterr().out and not list(run.glob(".*"))
+    data = (run / "step_000003" / "model.safetensors").read_bytes()
+    (run / "step_000003" / "model.safetensors").write_bytes(data[:-9] + bytes([data[-9] ^ 16]) + data[-8:])
+    rows, _ = train(*options, "--max_steps=3", "--resume", out=run)
+    assert "step_000003 is damaged (model.safetensors is not what was saved): going on from step 2" in capsys.readouterr().out
+    assert [row["step"] for row in rows] == [1, 2, 3] and same(weights(run)[0], weights(whole)[0])
+    for folder in run.glob("step_*"):
+        shutil.rmtree(folder)
+    rows, _ = train(*options, "--max_steps=3", "--resume", out=run)
+    assert "yet: from the start" in capsys.readouterr().out
+    assert [row["step"] for row in rows] == [1, 2, 3] and same(weights(run)[0], weights(whole)[0])
+
+
+def test_restarted_by_torchrun(train, monkeypatch):
+    """`torchrun --max-restarts` gives the same command again: it goes on, with --overwrite too, and begins if nothing is saved."""
+    options = ("configs/toy_opd.py", "--save_every=1", "--overwrite")
+    _, run = train(*options, "--max_steps=2")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    made = (run / "step_000002").stat().st_mtime_ns
+    with pytest.raises(utils.UserError, match="exclude each other"):
+        train(*options, "--resume", "--max_steps=3", out=run)
+    rows, _ = train(*options, "--max_steps=3", out=run)
+    assert [row["step"] for row in rows] == [1, 2, 3] and (run / "step_000002").stat().st_mtime_ns == made
+    for folder in run.glob("step_*"):
+        shutil.rmtree(folder)
+    rows, _ = train(*options, "--max_steps=1", out=run)
+    assert [row["step"] for row in rows] == [1]
 
 
 def test_command_line(tmp_path):

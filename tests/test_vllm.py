@@ -128,7 +128,7 @@ def test_a_stale_engine_is_found(engine, prompts):
     sampling = Sampling(40, STOPS, top_p=0.9, top_k=20)
     assert gap(engine, student, prompts[:16], sampling) > 0.05
     engine.max_logprob_gap = 1e-4
-    with pytest.raises(utils.LocalError, match=r"passes max_logprob_gap=0.0001. .*(model|lm_head)\.") as error:
+    with pytest.raises(utils.UserError, match=r"passes max_logprob_gap=0.0001. .*(model|lm_head)\.") as error:
         gap(engine, student, prompts[:16], sampling)
     engine.max_logprob_gap = float("inf")
     named = engine.differences(student)
