@@ -196,9 +196,8 @@ def main(argv):
     dtype = getattr(torch, cfg.dtype)
     tokenizer = utils.load_tokenizer(cfg.student)
     kind = utils.choose_engine(cfg.engine, device, chief)
-    if chief:
-        utils.print_memory(cfg, kind, device, cfg.student, cfg.student, {"reference, fp32": (cfg.reference or cfg.student, 4)},
-                           max(cfg.max_new_tokens, cfg.eval_max_new_tokens))
+    utils.print_estimate(cfg, kind, device, cfg.student, cfg.student, {"reference, fp32": (cfg.reference or cfg.student, 4)},
+                         cfg.max_new_tokens, world, cfg.prompts_per_step * cfg.group_size)
     student = utils.load_model(checkpoint or cfg.student, torch.float32, device)
     reference_path = cfg.reference or cfg.student
     reference = utils.load_model(reference_path, torch.float32, device).requires_grad_(False)
@@ -380,7 +379,8 @@ def main(argv):
                    "importance_weight": correction / seen, "logprob_gap_max": gap, **gaps,
                    "mean_length": all_tokens / len(cut), "max_length": longest, "truncated_share": cut.mean().item(),
                    "grad_norm": grad_norm.item(), "learning_rate": optimizer.param_groups[0]["lr"], "tokens": int(all_tokens),
-                   "tokens_per_second": all_tokens / sum(timer.laps.values()), **timer.laps, "tflops": state["tflops"]}
+                   "tokens_per_second": all_tokens / sum(timer.laps.values()), **timer.laps, **timer.peaks,
+                   "tflops": state["tflops"]}
             utils.write_lines(metrics_file, [row])
             utils.print_row(COLUMNS, row, header=step % 20 == 0 or step == start_step)
             if not loss_tokens:

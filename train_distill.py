@@ -312,9 +312,9 @@ def main(argv):
             utils.check_tokenizers(tokenizer, template := utils.load_tokenizer(path), "the student", "the teacher")
             tokenizer.chat_template = template.chat_template
     kind = utils.choose_engine(cfg.engine, device, chief)
-    if chief:
-        utils.print_memory(cfg, kind, device, cfg.student, (cfg.prefix == "teacher" and cfg.teacher) or cfg.student,
-                           {"teacher": (None if data and data.cached else cfg.teacher, dtype.itemsize)}, ladder[-1])
+    utils.print_estimate(cfg, kind, device, cfg.student, (cfg.prefix == "teacher" and cfg.teacher) or cfg.student,
+                         {"teacher": (None if data and data.cached else cfg.teacher, dtype.itemsize)}, ladder[-1], world,
+                         cfg.batch_size)
     sharded = cfg.fsdp and world > 1
     host = "cpu" if sharded else device                  # sharding moves a layer at a time
     student = utils.load_model(checkpoint or cfg.student, torch.float32, host)
@@ -496,7 +496,8 @@ def main(argv):
             if cfg.teacher:
                 loss, *stats = linear_kl(h_q, head_q, h_p, head_p, weight, cfg.reverse_weight)
             else:                                        # cross-entropy is the forward KL to a one-hot p
-                logps, entropy = linear_logp(h_q, head_q, torch.tensor([t for _, r in batch for t in r], device=device))
+                targets = torch.tensor([t for _, r in batch for t in r], dtype=torch.long, device=device)
+                logps, entropy = linear_logp(h_q, head_q, targets)
                 loss, nothing = -(weight * logps).sum(), torch.zeros_like(entropy)
                 stats = (-logps.detach(), nothing, entropy, nothing)
             loss.backward()
@@ -536,7 +537,8 @@ def main(argv):
                    "mean_length": all_tokens / max(1, all_sequences), "max_length": longest, "horizon": horizon,
                    "truncated_share": truncated / cfg.batch_size, "grad_norm": grad_norm.item(),
                    "learning_rate": optimizer.param_groups[0]["lr"], "tokens": int(all_tokens),
-                   "tokens_per_second": all_tokens / sum(timer.laps.values()), **timer.laps, **gaps, "tflops": state["tflops"],
+                   "tokens_per_second": all_tokens / sum(timer.laps.values()), **timer.laps, **timer.peaks, **gaps,
+                   "tflops": state["tflops"],
                    "tflops_teacher_writing": writer_flops / 1e12 if cfg.prefix == "teacher" else 0.0,
                    "tflops_teacher_head": 2 * head_p.numel() * all_tokens / 1e12 if cfg.teacher and not teacher else 0.0}
             utils.write_lines(metrics_file, [row])

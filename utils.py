@@ -168,6 +168,8 @@ def init_processes(patience=7200.0):
     if world > 1 and not dist.is_initialized():
         patience = datetime.timedelta(seconds=patience)
         _store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+        # or processes that torchrun has started again may find the addresses of the dead
+        _store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), _store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=_store, rank=rank,
                                 world_size=world, timeout=patience)
     return rank, world, device
@@ -419,38 +421,123 @@ def parameter_count(config):
         return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
 
 
-def estimate_memory(cfg, kind, student, writer, others, horizon):
+def estimate_memory(cfg, kind, student, writer, others, horizon, world=1):
     """
-    {part: bytes} of training on one device. student, writer: configs of the model that learns and of the one that writes with
-    engine `kind`; others: {name: bytes} besides. Parts called "rollouts: " and "update: " are not there together; the last
-    entry is the larger sum. Activations: what autograd keeps of a micro-batch, as measured for Qwen3 (no checkpointing).
+    {part: bytes} of training on one of `world` devices. student, writer: configs of the model that learns and of the one that
+    writes with engine `kind`; others: {name: (config, bytes a weight)} besides. Parts "rollouts: " and "update: " are not
+    there together; the last entry is the larger sum. Activations: what autograd keeps of a micro-batch, as measured for Qwen3.
     """
-    size, n = getattr(torch, cfg.dtype).itemsize, parameter_count(student)
+    size, n, layers = getattr(torch, cfg.dtype).itemsize, parameter_count(student), student.num_hidden_layers
+    shards = world if getattr(cfg, "fsdp", False) else 1
     (q, k), (_, written) = attention_sizes(student), attention_sizes(writer)
-    token = student.num_hidden_layers * (24 * student.hidden_size + 16 * (student.intermediate_size + q + k) if size == 4 else
-                                         26 * student.hidden_size + 8 * student.intermediate_size + 10 * (q + k))
+    layer = (24 * student.hidden_size + 16 * (student.intermediate_size + q + k) if size == 4 else
+             26 * student.hidden_size + 8 * student.intermediate_size + 10 * (q + k))
+    token = layers * layer
+    if cfg.gradient_checkpointing:                       # a layer's input; autocast leaves it in fp32
+        token = layer + layers * student.hidden_size * (size if shards > 1 else 4)
+    models = [(student, size), *others.values()]
+    whole = 4 * gathered_at_once(student) + sum(size_ * gathered_at_once(config) for config, size_ in models)    # 4: gradients
     rollouts = {"rollouts: KV cache": int(cfg.kv_cache_gb * 1e9) if kind == "vllm" else
                 2 * writer.num_hidden_layers * written * size * horizon * cfg.rollout_rows,
                 "rollouts: the engine's weights": size * (
                     parameter_count(writer) + writer.tie_word_embeddings * writer.vocab_size * writer.hidden_size)
-                if kind == "vllm" else size * n if size < 4 else 0}
+                if kind == "vllm" else size * parameter_count(writer) if shards > 1 else size * n if size < 4 else 0}
     update = {"update: activations of a micro-batch": cfg.max_tokens_per_microbatch * token,
-              "update: weights in bf16": 0 if size == 4 else 2 * n,
+              **({"update: weights gathered by FSDP": whole} if shards > 1 else
+                 {"update: weights in bf16": 0 if size == 4 else 2 * n}),
               "update: logits of a chunk, gradient of the head": CHUNK_BYTES[torch.cuda.is_available()] +
               4 * student.vocab_size * student.hidden_size}
-    always = {"student: fp32 weights, gradients, Adam": 16 * n, **others}
+    always = {"student: fp32 weights, gradients, Adam": 16 * n // shards,
+              **{name: size_ * parameter_count(config) // shards for name, (config, size_) in others.items()}}
     return always | rollouts | update | {
         "at most at a time": sum(always.values()) + max(sum(rollouts.values()), sum(update.values()))}
 
 
-def print_memory(cfg, kind, device, student, writer, others, horizon):
-    """The estimate in GB for models at these paths, before anything is allocated. others: {name: (path, bytes a weight)}."""
-    others = {name: size * parameter_count(load_model_config(path)) for name, (path, size) in others.items() if path}
-    parts = estimate_memory(cfg, kind, load_model_config(student), load_model_config(writer), others, horizon)
+def gathered_at_once(config):
+    """Weights of a sharded model that are whole at a time: embedding and head, a layer, and the next one on its way."""
+    vocabulary = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    return vocabulary + 2 * (parameter_count(config) - vocabulary) // config.num_hidden_layers
+
+
+def measure_speeds(device, dtype, world):
+    """
+    What this device does now: {"flops" in a GEMM, "bytes" copied and "link" bytes between ranks, each a second; "launch":
+    seconds of a small operation}. All ranks call it.
+    """
+    def seconds(work, repeats):
+        times = []
+        for _ in range(4):                               # the first warms up
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append((time.perf_counter() - start) / repeats)
+        return min(times[1:])
+    n = 8192 if device.type == "cuda" else 512
+    matrix, small = torch.ones(n, n, dtype=dtype, device=device), torch.ones(8, 8, dtype=dtype, device=device)
+    block = torch.ones(4 * n * n, dtype=torch.float32, device=device)
+    return {"flops": 2 * n ** 3 / seconds(lambda: matrix @ matrix, 2), "bytes": 8 * len(block) / seconds(block.clone, 2),
+            "launch": seconds(lambda: torch.nn.functional.linear(small, small), 100),
+            "link": 8 * len(block) * (world - 1) / world / seconds(lambda: all_reduce(block), 1) if world > 1 else math.inf}
+
+
+def estimate_time(cfg, kind, student, writer, others, horizon, world, rows, speeds, mean=None):
+    """
+    {part: seconds} of a step, roughly: `rows` responses over `world` devices, the longest of `horizon` tokens and all of `mean`
+    on average (None: of the horizon). Decoding reads weights and KV cache once a token, GEMMs in training reach 0.4 of
+    speeds["flops"], a layer of transformers is 100 small operations, a token of vLLM 2 ms besides.
+    """
+    size, n, shards = getattr(torch, cfg.dtype).itemsize, parameter_count(student), world if getattr(cfg, "fsdp", False) else 1
+    rows, mean, share = -(-rows // world), mean or horizon, (world - 1) / world
+    forwards = -(-rows * mean // cfg.max_tokens_per_microbatch)
+
+    def forward(config, times):
+        return times * (forward_flops(config, [mean] * rows) / (0.4 * speeds["flops"]) +
+                        forwards * 100 * config.num_hidden_layers * speeds["launch"])
+    together = min(rows, cfg.rollout_rows)
+    cache = 2 * writer.num_hidden_layers * attention_sizes(writer)[1] * size * together * mean / 2
+    token = (size * parameter_count(writer) + cache) / speeds["bytes"] + (
+        0.002 if kind == "vllm" else 100 * writer.num_hidden_layers * speeds["launch"])
+    moved = 2 * share * 4 * n
+    if shards > 1:                                       # gathered forward and backward, gradients scattered in fp32
+        moved = share * (forwards * (2 * size + 4) * n + size * parameter_count(writer) +
+                         forwards * sum(size_ * parameter_count(config) for config, size_ in others.values()))
+    return {"rollouts": horizon * -(-rows // together) * token,
+            "teacher and reference": sum(forward(config, 1) for config, _ in others.values()),
+            "student": forward(student, 4 if cfg.gradient_checkpointing else 3), "between ranks": moved / speeds["link"],
+            "optimizer": 28 * n / shards / speeds["bytes"]}
+
+
+def print_estimate(cfg, kind, device, student, writer, others, horizon, world, rows):
+    """
+    Memory and time to expect for models at these paths, before anything is allocated. others: {name: (path, bytes a weight)};
+    rows: responses in a step, over all `world` ranks. All ranks call it.
+    """
+    chief, speeds = int(os.environ.get("RANK", 0)) == 0, measure_speeds(device, getattr(torch, cfg.dtype), world)
+    student, writer = load_model_config(student), load_model_config(writer)
+    others = {name: (load_model_config(path), size) for name, (path, size) in others.items() if path}
+    longest = max(horizon, cfg.eval_max_new_tokens if cfg.eval_every else 0)
+    parts = estimate_memory(cfg, kind, student, writer, others, longest, world)
     has = f" of {torch.cuda.get_device_properties(device).total_memory / 1e9:.0f}" if device.type == "cuda" else ""
-    print("memory to expect, roughly")
+    if not chief:
+        return
+    print("memory to expect on each device, roughly")
     for name, size in parts.items():
         print(f"  {name:<48} {size / 1e9:8.3f} GB" + (has if name == "at most at a time" else ""))
+    parts = estimate_time(cfg, kind, student, writer, others, horizon, world, rows, speeds)
+    evaluations = cfg.max_steps // cfg.eval_every + 1 if cfg.eval_every else 0
+    one = estimate_time(cfg, kind, student, student, {}, cfg.eval_max_new_tokens, world, cfg.eval_prompts * cfg.eval_samples,
+                        speeds)["rollouts"] if evaluations else 0.0
+    print("time to expect, roughly, were every response as long as allowed")
+    for name, seconds in {**parts, "a step": sum(parts.values()), "an evaluation": one}.items():
+        print(f"  {name:<48} {seconds:8.3f} s")
+    print(f"  {f'{cfg.max_steps} steps, {evaluations} evaluations':<48} "
+          f"{(cfg.max_steps * sum(parts.values()) + evaluations * one) / 3600:8.3f} h")
+    print(f"  (measured: GEMM {speeds['flops'] / 1e12:.3g} TFLOP/s, memory {speeds['bytes'] / 1e9:.3g} GB/s, between ranks "
+          f"{speeds['link'] / 1e9:.3g} GB/s)")
 
 
 # ------------------------------------------------------------------------------------------------------------ rollouts
@@ -1310,17 +1397,36 @@ def print_row(columns, row, header):
 
 
 class Timer:
-    """Seconds since the last lap, summed by name; on a GPU a lap waits for the device, so that they mean something."""
+    """
+    Seconds since the last lap, summed by name, and the peak memory in it, GB: of this rank's tensors on a GPU, else of its
+    process. On a GPU a lap waits for the device, so that they mean something.
+    """
 
     def __init__(self, device, *names):
-        self.device, self.laps, self.now = device, {f"{name}_seconds": 0.0 for name in names}, time.perf_counter()
+        self.device, self.laps = device, {f"{name}_seconds": 0.0 for name in names}
+        self.peaks, self.now = {f"{name}_gb": peak_memory(device) * 0 for name in names}, time.perf_counter()
 
     def lap(self, name):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.laps[f"{name}_seconds"] += now - self.now
+        self.peaks[f"{name}_gb"] = max(self.peaks[f"{name}_gb"], peak_memory(self.device))
         self.now = now
+
+
+def peak_memory(device):
+    """GB, since the last call; NaN where the system does not tell."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+    try:
+        status = Path("/proc/self/status").read_text()
+        Path("/proc/self/clear_refs").write_text("5")    # Linux: the peak begins anew
+        return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024 / 1e9
+    except (OSError, TypeError):
+        return math.nan
 
 
 def prepare_out_dir(out_dir, resume, overwrite, inputs=()):

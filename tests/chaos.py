@@ -5,8 +5,8 @@ Break training runs in every way we could think of, resume them, and compare wit
     python tests/chaos.py --kills 3 --quick              # what `make test` runs
 
 Steps lost: steps that metrics.jsonl had when the run ended, less the step it was resumed from; at most save_every = 3 may be.
-Recovered: the resumed run's losses, and its weights and optimiser at the end, are those of the run that nothing happened to, bit
-for bit (to 2e-5 where two processes summed gradients), each step is in metrics.jsonl once, and the fault was told in one line.
+Recovered: the resumed run's losses, and its weights and optimiser at the end, are those of the run that nothing happened to,
+bit for bit (to 2e-5 where two processes summed gradients), each step is in metrics.jsonl once, and one line told the fault.
 """
 
 import argparse
@@ -180,7 +180,9 @@ def full_disk(trials):
     out.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "none", str(out)], capture_output=True).returncode == 0
     try:
-        process = start(out, before=int if mounted else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (900_000, 900_000)))
+        def limit():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (900_000, 900_000))
+        process = start(out, before=int if mounted else limit)
         process.join()
         why = says(out, "error: cannot save .*checkpoints before it are whole: make room, then --resume")
         why += f"; exit code {process.exitcode}" * (process.exitcode != 1)
@@ -188,7 +190,7 @@ def full_disk(trials):
         if mounted:
             subprocess.run(["mount", "-o", "remount,size=100m", str(out)], check=True)
         steps, wrong = trials.resume(out)
-        trials.line("the disk is full in a save" if mounted else "files may not grow (no right to mount)", [steps], [why, wrong])
+        trials.line("the disk is full in a save" if mounted else "files may not grow (cannot mount)", [steps], [why, wrong])
     finally:
         if mounted:
             subprocess.run(["umount", str(out)], check=True)
@@ -232,6 +234,16 @@ def nan(trials):
     trials.line("a NaN in the gradient of step 8", [steps], [why, wrong])
 
 
+def slow():
+    plain, calls = train_distill.linear_kl, []
+
+    def late(*args):
+        calls.append(1)
+        time.sleep(4 * (len(calls) == 5))
+        return plain(*args)
+    train_distill.linear_kl = late
+
+
 def signals(trials):
     for number, name in ((signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")):
         out = trials.folder()
@@ -243,6 +255,17 @@ def signals(trials):
         steps, wrong = trials.resume(out)
         trials.line(f"{name} (exit code {process.exitcode})", [steps],
                     [why, wrong, "exit code" * (process.exitcode != 128 + number)], allowed=0)
+    out = trials.folder()
+    process = start(out, before=slow)
+    wait_for(lambda: len(steps_in(out)) >= 4)
+    process.terminate()
+    time.sleep(1.1)
+    process.terminate()
+    process.join(0.5)                                    # a step takes longer
+    why = "" if process.exitcode == 128 + signal.SIGTERM else f"exit code {process.exitcode}"
+    process.kill()
+    steps, wrong = trials.resume(out)
+    trials.line("a second SIGTERM, in the same step", [steps], [why, wrong])
     out = trials.folder()
     process = start(out)
     wait_for(lambda: len(steps_in(out)) >= 2)

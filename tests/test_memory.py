@@ -1,5 +1,6 @@
 """The memory estimate, by hand and against what autograd keeps; the choice of an engine."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import utils
 
-CFG = SimpleNamespace(dtype="bfloat16", kv_cache_gb=16.0, rollout_rows=32, max_tokens_per_microbatch=16384)
+CFG = SimpleNamespace(dtype="bfloat16", kv_cache_gb=16.0, rollout_rows=32, max_tokens_per_microbatch=16384, fsdp=False,
+                      gradient_checkpointing=False)
 
 
 def qwen(hidden, layers, heads, tied, intermediate=None, vocab=151936, kv=8):
@@ -21,7 +23,7 @@ def test_by_hand():
     """Qwen3-8B -> 0.6B: parameters as published, 114,688 bytes of cache a token, 28 layers x 82 kB of activations a token."""
     small, big = qwen(1024, 28, 16, True), qwen(4096, 36, 32, False)
     assert utils.parameter_count(small) == 596_049_920 and utils.parameter_count(big) == 8_190_735_360
-    parts = utils.estimate_memory(CFG, "vllm", small, small, {"teacher": 2 * 8_190_735_360}, 4096)
+    parts = utils.estimate_memory(CFG, "vllm", small, small, {"teacher": (big, 2)}, 4096)
     chunk = utils.CHUNK_BYTES[torch.cuda.is_available()] + 4 * 151936 * 1024
     assert list(parts.values())[:-1] == [16 * 596_049_920, 16_381_470_720, 16_000_000_000, 2 * (596_049_920 + 151936 * 1024),
                                          16384 * 28 * (26 * 1024 + 8 * 3072 + 10 * 3072), 2 * 596_049_920, chunk]
@@ -31,6 +33,51 @@ def test_by_hand():
     CFG32 = SimpleNamespace(**{**vars(CFG), "dtype": "float32"})
     parts = utils.estimate_memory(CFG32, "hf", small, big, {}, 4096)
     assert parts["rollouts: KV cache"] == 32 * 4096 * 36 * 2 * 8 * 128 * 4 and parts["rollouts: the engine's weights"] == 0
+
+
+def test_sharded_by_hand():
+    """Qwen3-32B -> 8B on 8 devices: an eighth of weights, gradients, Adam and teacher; embedding, head and two layers whole."""
+    student, teacher = qwen(4096, 36, 32, False, 12288), qwen(5120, 64, 64, False, 25600)
+    n, m = 8_190_735_360, 32_762_123_264
+    assert (utils.parameter_count(student), utils.parameter_count(teacher)) == (n, m)
+    cfg = SimpleNamespace(**{**vars(CFG), "fsdp": True, "gradient_checkpointing": True})
+    parts = utils.estimate_memory(cfg, "hf", student, student, {"teacher": (teacher, 2)}, 4096, world=8)
+    assert parts["student: fp32 weights, gradients, Adam"] == 2 * n and parts["teacher"] == m // 4
+    assert parts["rollouts: the engine's weights"] == 2 * n
+    layer = 4096 * (4096 + 2 * 1024 + 4096 + 3 * 12288) + 2 * 4096 + 2 * 128
+    assert utils.gathered_at_once(student) == pytest.approx(2 * 151936 * 4096 + 2 * layer, rel=1e-4)
+    theirs = utils.gathered_at_once(teacher)
+    assert parts["update: weights gathered by FSDP"] == 6 * utils.gathered_at_once(student) + 2 * theirs
+    one = 26 * 4096 + 8 * 12288 + 10 * (4096 + 1024)
+    assert parts["update: activations of a micro-batch"] == 16384 * (one + 36 * 4096 * 2)
+    cfg.fsdp = False
+    parts = utils.estimate_memory(cfg, "hf", student, student, {"teacher": (teacher, 2)}, 4096, world=8)
+    assert parts["teacher"] == 2 * m and parts["update: activations of a micro-batch"] == 16384 * (one + 36 * 4096 * 4)
+
+
+def test_time_by_hand():
+    """One response of 100 tokens a device; 1e12 FLOP/s in a GEMM, 1e9 bytes/s, 1e-6 s a launch, 1e8 bytes/s between ranks."""
+    small, cfg = qwen(256, 4, 2, True, 512, 1000, 1), SimpleNamespace(**{**vars(CFG), "dtype": "float32"})
+    n, speeds = utils.parameter_count(small), {"flops": 1e12, "bytes": 1e9, "launch": 1e-6, "link": 1e8}
+    forward = utils.forward_flops(small, [100]) / 0.4e12 + 400e-6
+    parts = utils.estimate_time(cfg, "hf", small, small, {"teacher": (small, 4)}, 100, 2, 2, speeds)
+    cache = 2 * 4 * 128 * 4 * 50
+    assert parts == pytest.approx({"rollouts": 100 * ((4 * n + cache) / 1e9 + 400e-6), "teacher and reference": forward,
+                                   "student": 3 * forward, "between ranks": 4 * n / 1e8, "optimizer": 28 * n / 1e9})
+    cfg.fsdp = cfg.gradient_checkpointing = True
+    parts = utils.estimate_time(cfg, "vllm", small, small, {"teacher": (small, 4)}, 100, 2, 2, speeds)
+    assert parts == pytest.approx({"rollouts": 100 * ((4 * n + cache) / 1e9 + 0.002), "teacher and reference": forward,
+                                   "student": 4 * forward, "between ranks": (12 + 4 + 4) * n / 2 / 1e8,
+                                   "optimizer": 14 * n / 1e9})
+
+
+def test_estimate_is_of_the_right_size(train, capsys):
+    """A step of the toy world takes what was printed, within a factor of ten."""
+    rows, _ = train("configs/toy_opd.py", "--max_steps=4", "--batch_size=64", "--max_new_tokens=96")
+    printed = re.search(r"a step +([\d.]+) s", capsys.readouterr().out)
+    seconds = sorted(sum(value for key, value in row.items() if key.endswith("_seconds")) for row in rows)[1]
+    assert 0.1 < float(printed[1]) / seconds < 10
+    assert all(0.1 < row[f"{phase}_gb"] < 10 for row in rows for phase in ("rollout", "teacher", "student", "optimizer"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

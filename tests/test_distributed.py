@@ -1,0 +1,212 @@
+"""One step is the same step on 1, 2 and 4 processes, sharded or not; checkpoints do not know how many there were; faults."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import sample
+import train_distill
+import utils
+
+# several runs, one after the other, in the same processes; each rank notes how often it took part without a token
+DRIVER = """
+import json, os, sys
+sys.path.insert(0, os.getcwd())
+import train_distill, utils
+plain, empty = utils.response_hidden, []
+def spy(model, sequences, dtype):
+    empty.append(sequences == [([0], [])])
+    return plain(model, sequences, dtype)
+utils.response_hidden = spy
+def main(argv):
+    for run in json.loads(argv[0]):
+        train_distill.main(run)
+    with open(f"{argv[1]}/empty_{os.environ['RANK']}.json", "w") as file:
+        json.dump(sum(empty), file)
+utils.run(main, "", train_distill.Config)
+"""
+TEN = ["--max_steps=10", "--batch_size=8", "--max_new_tokens=48", "--eval_every=0", "--save_every=1000", "--warmup_steps=2",
+       "--max_tokens_per_microbatch=100"]
+CELLS = ["toy_sft", "toy_offline", "toy_dagger", "toy_opd"]
+
+
+def launch(n, runs, folder, env=()):
+    """The empty micro-batches of each rank."""
+    script = folder / "driver.py"
+    script.write_text(DRIVER)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", str(script),
+                           json.dumps(runs), str(folder)], capture_output=True, text=True, timeout=500,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(env))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"empty_{rank}.json").read_text()) for rank in range(n)]
+
+
+@pytest.fixture(scope="module")
+def trajectories(tmp_path_factory):
+    out = tmp_path_factory.mktemp("trajectories") / "shards"
+    sample.main(["configs/toy_sample.py", "--num_prompts=64", "--max_new_tokens=64", f"--out_dir={out}"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    """The toy student with an LM head of its own."""
+    out, model = tmp_path_factory.mktemp("models") / "untied", utils.load_model("data/toy/student", torch.float32)
+    model.config.tie_word_embeddings = False
+    other = AutoModelForCausalLM.from_config(model.config)
+    other.load_state_dict(model.state_dict())
+    other.generation_config = model.generation_config
+    other.save_pretrained(out)
+    utils.load_tokenizer("data/toy/student").save_pretrained(out)
+    return out
+
+
+def options(name, trajectories):
+    from_disk = [f"--trajectories={trajectories}"] if name in ("toy_sft", "toy_offline", "toy_hard_sft") else []
+    return [f"configs/{name}.py", *TEN, *from_disk]
+
+
+def assert_same(one, other, tolerance=2e-5):
+    """Losses, norms and entropies of each step to 1e-5, counts exactly, weights of the last checkpoint to `tolerance`."""
+    a, b = (utils.read_lines(folder / "metrics.jsonl") for folder in (one, other))
+    assert len(a) == len(b) > 0
+    for x, y in zip(a, b):
+        for key in ("loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "entropy"):
+            assert x.get(key) == pytest.approx(y.get(key), abs=1e-5), (other, x.get("step"), key)
+        assert x.get("grad_norm", 0) == pytest.approx(y.get("grad_norm", 0), rel=1e-4)
+        for key in ("tokens", "max_length", "tflops", "truncated_share", "avg_at_k", "length"):
+            assert x.get(key) == y.get(key), (other, x.get("step"), key)
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        x, y = load_file(one / "last" / file), load_file(other / "last" / file)
+        assert x.keys() == y.keys()
+        assert max((x[key] - y[key]).abs().max().item() for key in x) <= tolerance, (other, file)
+
+
+def test_four_cells_on_two_processes(tmp_path, trajectories):
+    """Every cell, whole and sharded, ten steps, with ranks that have no token in some micro-batch."""
+    runs = [[*options(name, trajectories), f"--fsdp={fsdp}", f"--out_dir={tmp_path}/{name}_{fsdp}"]
+            for name in CELLS for fsdp in (False, True)]
+    empty = launch(2, runs, tmp_path)
+    assert min(empty) >= 8 and sum(empty) >= 40, empty   # of 8 runs x 10 steps
+    for name in CELLS:
+        train_distill.main([*options(name, trajectories), f"--out_dir={tmp_path}/{name}"])
+        for fsdp in (False, True):
+            assert_same(tmp_path / name, tmp_path / f"{name}_{fsdp}")
+
+
+def test_four_processes_and_resume(tmp_path):
+    """Four are one, whole and sharded, with evaluations; and 2 -> 1 -> 4 processes, 3 steps each, are 9 steps on one."""
+    evaluated = ["--eval_every=5", "--eval_prompts=3", "--eval_samples=1", "--eval_max_new_tokens=16"]
+    ten, nine = options("toy_opd", None), [*options("toy_opd", None), "--max_steps=9"]
+    launch(2, [[*nine, "--max_steps=3", "--fsdp=True", f"--out_dir={tmp_path}/parts"],
+               [*nine, "--max_steps=3", f"--out_dir={tmp_path}/parts_whole"]], tmp_path)
+    for parts in ("parts", "parts_whole"):
+        train_distill.main([*nine, "--max_steps=6", "--resume", f"--out_dir={tmp_path}/{parts}"])
+    launch(4, [*[[*ten, *evaluated, f"--fsdp={fsdp}", f"--out_dir={tmp_path}/{fsdp}"] for fsdp in (False, True)],
+               [*nine, "--resume", "--fsdp=True", f"--out_dir={tmp_path}/parts"],
+               [*nine, "--resume", f"--out_dir={tmp_path}/parts_whole"]], tmp_path)
+    train_distill.main([*ten, *evaluated, f"--out_dir={tmp_path}/one"])
+    train_distill.main([*nine, f"--out_dir={tmp_path}/nine"])
+    for fsdp in (False, True):
+        assert_same(tmp_path / "one", tmp_path / str(fsdp))
+    for parts in ("parts", "parts_whole"):
+        assert_same(tmp_path / "nine", tmp_path / parts)
+
+
+@pytest.mark.slow
+def test_sharded_in_every_way(tmp_path, trajectories, untied):
+    """
+    On two processes: an LM head of its own, gradient checkpointing, hard labels, a teacher that writes step by step, means by
+    sequence, a curriculum that rolls back, bf16.
+    """
+    ways = {"untied": [*options("toy_opd", None), f"--student={untied}", "--gradient_checkpointing=True"],
+            "hard": options("toy_hard_sft", trajectories),
+            "writes": ["configs/toy_sft.py", *TEN, "--trajectories=None", "--loss_norm=sequence", "--max_steps=3"],
+            "rollback": ["configs/toy_curriculum.py", *TEN, "--horizons=(8, 16, 32)", "--steps_per_horizon=2",
+                         "--gate_prompts=8", "--on_gate_closed=rollback", "--entropy_floor=0.99"]}
+    launch(2, [[*argv, "--fsdp=True", f"--out_dir={tmp_path}/{name}_2"] for name, argv in ways.items()] + [
+        [*options("toy_opd", None), "--dtype=bfloat16", f"--fsdp={fsdp}", f"--out_dir={tmp_path}/bf16_{fsdp}"]
+        for fsdp in (False, True)], tmp_path)
+    for name, argv in ways.items():
+        train_distill.main([*argv, f"--out_dir={tmp_path}/{name}"])
+        assert_same(tmp_path / name, tmp_path / f"{name}_2")
+    gates = [row for row in utils.read_lines(tmp_path / "rollback" / "metrics.jsonl") if "gate" in row]
+    assert gates[-1]["gate"] == "closed" and gates[-1]["on_gate_closed"] == "rollback"
+    # in bf16 the sharded residual stream is bf16 too, where autocast keeps it in fp32: close, not equal
+    a, b = (utils.read_lines(tmp_path / f"bf16_{fsdp}" / "metrics.jsonl") for fsdp in (False, True))
+    assert a[0]["loss"] == pytest.approx(b[0]["loss"], rel=0.1) and a[0]["loss"] != b[0]["loss"]
+    assert load_file(tmp_path / "bf16_True/last/model.safetensors")["model.norm.weight"].dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_two_machines(tmp_path):
+    """Two torchruns of two processes each, as on two machines that share a folder."""
+    argv, out = options("toy_opd", None), tmp_path / "two"
+    machines = [subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=2",
+         "--master_addr=localhost", "--master_port=29671", "train_distill.py", *argv, "--fsdp=True", f"--out_dir={out}"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL) for node in range(2)]
+    assert [machine.wait(300) for machine in machines] == [0, 0]
+    train_distill.main([*argv, f"--out_dir={tmp_path}/one"])
+    assert_same(tmp_path / "one", out)
+
+
+def test_checkpointing_changes_nothing(train):
+    a, b = (train("configs/toy_opd.py", "--max_steps=3", f"--gradient_checkpointing={on}") for on in (False, True))
+    assert [row["loss"] for row in a[0]] == [row["loss"] for row in b[0]]
+    assert all(torch.equal(x, y) for x, y in zip(*(load_file(run / "last/model.safetensors").values() for _, run in (a, b))))
+
+
+@pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_chaos(quick):
+    """tests/chaos.py: no fault costs more than save_every steps, and no resumed run differs from one that was left alone."""
+    done = subprocess.run([sys.executable, "tests/chaos.py", *(["--quick", "--kills=4"] if quick else [])], text=True,
+                          capture_output=True)
+    assert done.returncode == 0 and done.stdout.count(" yes\n") == (13 if quick else 18), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("apart, code", [(0.0, 0), (1.2, 128 + signal.SIGTERM)])
+def test_second_signal(apart, code):
+    """At once is once: a scheduler signals torchrun and its processes. Later, the second ends the process where it is."""
+    process = subprocess.Popen([sys.executable, "-c", "import time, utils; utils.catch_signals(); print(1, flush=True); "
+                                "time.sleep(3); print(utils.signal_received(), flush=True)"], stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.terminate()
+    time.sleep(apart)
+    process.terminate()
+    assert process.wait() == code and process.stdout.read() == ("15\n" if not code else "")
+
+
+@pytest.mark.parametrize("broken, shown", [
+    ("raise utils.UserError('a mistake')", "error: a mistake"), ("raise OSError(28, 'No space left', 'x')", "No space left"),
+    ("1 / 0 if os.environ['RANK'] == '2' else time.sleep(60)", "ZeroDivisionError"),
+    ("1 / 0 if os.environ['RANK'] == '2' else torch.distributed.barrier()", "ZeroDivisionError")])
+def test_one_error_for_all_processes(tmp_path, broken, shown):
+    """Four processes meet it, or one does and the others wait or fail for it: the first is shown, once."""
+    script = tmp_path / "broken.py"
+    script.write_text(f"import os, sys, time, torch\nsys.path.insert(0, {os.getcwd()!r})\nimport utils\n"
+                      f"def main(argv):\n    utils.init_processes(30)\n    {broken}\nutils.run(main, '', utils.Sampling)\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", str(script)],
+                          capture_output=True, text=True, timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    own = done.stderr.split("torch/distributed/elastic")[0]
+    assert done.returncode == 1 and own.count(shown) == 1 and own.count("Traceback") == ("Zero" in shown), own
+
+
+def test_folder_that_is_not_shared(tmp_path, monkeypatch):
+    """A machine that does not see the checkpoint says so."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(utils, "all_reduce", lambda tensor, op: torch.tensor(40))
+    with pytest.raises(utils.UserError, match="step_000040 is not on this machine: all of them need the same out_dir"):
+        utils.newest_checkpoint(Path(tmp_path))
+
+
