@@ -48,6 +48,14 @@ general: .venv/installed
 bench: .venv/installed
 	$(BIN)/python tests/bench_step.py
 
+# seconds and bytes of a step on 1, 2 and 4 processes
+bench-ranks: .venv/installed
+	$(BIN)/python tests/bench_ranks.py
+
+# break runs in every way, resume them, compare
+chaos: .venv/installed
+	$(BIN)/python tests/chaos.py
+
 venv: $(BIN)/python
 
 $(BIN)/python:
@@ -70,4 +78,4 @@ $(BIN)/python:
 		$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec; fi
 	@touch $@
 
-.PHONY: demo rl-demo cells paper-toy test test-all lint bench results general venv
+.PHONY: demo rl-demo cells paper-toy test test-all lint bench bench-ranks chaos results general venv

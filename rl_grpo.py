@@ -91,7 +91,7 @@ class Config:
     save_every: int = 40                                 # steps; the end of the run and a new best are always saved
     keep: int = 10                                       # newest checkpoints that stay, besides `best`
     seed: int = 42
-    resume: bool = False                                 # go on from out_dir/last
+    resume: bool = False                                 # go on from the newest whole checkpoint in out_dir
     overwrite: bool = False                              # delete the run in out_dir first
 
 

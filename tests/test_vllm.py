@@ -240,7 +240,7 @@ def test_training_resumes_after_a_dead_engine(tmp_path):
     assert "Traceback" not in err
     code, _, err = start("-m", "torch.distributed.run", "--nproc_per_node=2", str(script), *ARGS, "--max_steps=5",
                          f"--out_dir={two}", BREAKS="1")
-    assert code == 1 and "the engine core is dead" in err and "the rollouts of another rank failed; step 2 is saved" in err
+    assert code == 1 and err.count("the engine core is dead") == 1 and "step 2 is saved" in err
     for folder in (cut, two):
         assert json.loads((folder / "last" / "train_state.json").read_text())["step"] == 2
         code, _, err = start("train_distill.py", *ARGS, "--max_steps=5", f"--out_dir={folder}", "--resume")
