@@ -202,9 +202,11 @@ def test_foreign_folders_and_full_disks(done, tmp_path, monkeypatch):
     with pytest.raises(utils.UserError, match="exists and is no evaluation"):
         run(tmp_path)
 
-    def full(*args):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(utils, "write_lines", full)
+    def full(path, *args, **options):
+        if "samples_" in str(path):
+            raise OSError(28, "No space left on device")
+        return open(path, *args, **options)
+    monkeypatch.setattr(utils, "open", full, raising=False)
     with pytest.raises(utils.UserError, match="No space left on device; mend that"):
         run(tmp_path / "full")
 

@@ -259,6 +259,15 @@ def test_hung_and_crashed_workers(monkeypatch):
     assert results == [(None, "no verdict in 1 s"), (None, "comparison crashed"), (True, "equal for math-verify")]
 
 
+def test_idle_workers_stay(monkeypatch):
+    """The limit is for one comparison: a worker that waits longer for its next pair must be there, or that pair is lost."""
+    monkeypatch.setattr(utils, "_GRADER", utils._GRADER.replace("signal.alarm(60)", "signal.alarm(2)"))
+    monkeypatch.setattr(utils, "_graders", utils.queue.SimpleQueue())
+    assert utils._math_verify("1,234,567.50", "1234567.5", 2) == (True, "equal for math-verify")
+    time.sleep(2.5)
+    assert utils._math_verify("1/2", "0.5", 2) == (True, "equal for math-verify")
+
+
 def test_equal_texts_and_integers_need_no_worker(monkeypatch):
     monkeypatch.setattr(utils, "_math_verify", None)
     results = utils.grade_all([(f"\\boxed{{{i}}}", f"{i + i % 2:,}") for i in range(2000)])
