@@ -1581,10 +1581,12 @@ def run(main, doc, cls):
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(doc, inspect.getsource(cls), sep="\n")
         return
+    together, code = int(os.environ.get("WORLD_SIZE", 1)) > 1, 0
     try:
         main(sys.argv[1:])
+    except SystemExit as end:
+        code = end.code
     except Exception as error:                           # whatever it is, the other processes must not wait for this one
-        together = int(os.environ.get("WORLD_SIZE", 1)) > 1
         if not _first_to_fail():
             time.sleep(5)                                # torchrun ends all with the first that ends: let that be the cause
         elif isinstance(error, UserError | OSError):
@@ -1598,9 +1600,12 @@ def run(main, doc, cls):
             sys.stdout.flush()
             os._exit(1)
         sys.exit(1)
-    finally:
-        if dist.is_initialized() and not _alive:         # vLLM's exit takes them down itself
-            dist.destroy_process_group()
+    if dist.is_initialized() and not _alive:             # vLLM's exit takes them down itself
+        dist.destroy_process_group()
+        sys.stdout.flush()                               # gloo's threads outlive it with sharded weights: one of them in
+        sys.stderr.flush()                               # need of the interpreter at its end would abort the process
+        os._exit(code or 0)
+    sys.exit(code)
 
 
 def _first_to_fail():
