@@ -91,16 +91,23 @@ def assert_same(one, other, tolerance=2e-5):
         assert max((x[key] - y[key]).abs().max().item() for key in x) <= tolerance, (other, file)
 
 
+ROLLBACK = ["configs/toy_curriculum.py", *TEN, "--max_steps=5", "--horizons=(6, 12, 24)", "--steps_per_horizon=2",
+            "--gate_prompts=12", "--on_gate_closed=rollback", "--entropy_floor=1.0"]
+
+
 def test_four_cells_on_two_processes(tmp_path, trajectories):
-    """Every cell, whole and sharded, ten steps, with ranks that have no token in some micro-batch."""
-    runs = [[*options(name, trajectories), f"--fsdp={fsdp}", f"--out_dir={tmp_path}/{name}_{fsdp}"]
-            for name in CELLS for fsdp in (False, True)]
-    empty = launch(2, runs, tmp_path)
+    """Every cell, ten steps, and a curriculum that rolls back, whole and sharded, with ranks without a token in a forward."""
+    ways = {name: options(name, trajectories) for name in CELLS} | {"rollback": ROLLBACK}
+    empty = launch(2, [[*argv, f"--fsdp={fsdp}", f"--out_dir={tmp_path}/{name}_{fsdp}"]
+                       for name, argv in ways.items() for fsdp in (False, True)], tmp_path)
     assert min(empty) >= 8 and sum(empty) >= 40, empty   # of 8 runs x 10 steps
-    for name in CELLS:
-        train_distill.main([*options(name, trajectories), f"--out_dir={tmp_path}/{name}"])
+    for name, argv in ways.items():
+        train_distill.main([*argv, f"--out_dir={tmp_path}/{name}"])
         for fsdp in (False, True):
             assert_same(tmp_path / name, tmp_path / f"{name}_{fsdp}")
+    for run in ("rollback", "rollback_False", "rollback_True"):
+        gates = [row for row in utils.read_lines(tmp_path / run / "metrics.jsonl") if "gate" in row]
+        assert [(row["step"], row["gate"], row["next_horizon"]) for row in gates] == [(2, "open", 12), (4, "closed", 6)]
 
 
 def test_four_processes_and_resume(tmp_path):
@@ -126,21 +133,17 @@ def test_four_processes_and_resume(tmp_path):
 def test_sharded_in_every_way(tmp_path, trajectories, untied):
     """
     On two processes: an LM head of its own, gradient checkpointing, hard labels, a teacher that writes step by step, means by
-    sequence, a curriculum that rolls back, bf16.
+    sequence, bf16.
     """
     ways = {"untied": [*options("toy_opd", None), f"--student={untied}", "--gradient_checkpointing=True"],
             "hard": options("toy_hard_sft", trajectories),
-            "writes": ["configs/toy_sft.py", *TEN, "--trajectories=None", "--loss_norm=sequence", "--max_steps=3"],
-            "rollback": ["configs/toy_curriculum.py", *TEN, "--horizons=(8, 16, 32)", "--steps_per_horizon=2",
-                         "--gate_prompts=8", "--on_gate_closed=rollback", "--entropy_floor=0.99"]}
+            "writes": ["configs/toy_sft.py", *TEN, "--trajectories=None", "--loss_norm=sequence", "--max_steps=3"]}
     launch(2, [[*argv, "--fsdp=True", f"--out_dir={tmp_path}/{name}_2"] for name, argv in ways.items()] + [
         [*options("toy_opd", None), "--dtype=bfloat16", f"--fsdp={fsdp}", f"--out_dir={tmp_path}/bf16_{fsdp}"]
         for fsdp in (False, True)], tmp_path)
     for name, argv in ways.items():
         train_distill.main([*argv, f"--out_dir={tmp_path}/{name}"])
         assert_same(tmp_path / name, tmp_path / f"{name}_2")
-    gates = [row for row in utils.read_lines(tmp_path / "rollback" / "metrics.jsonl") if "gate" in row]
-    assert gates[-1]["gate"] == "closed" and gates[-1]["on_gate_closed"] == "rollback"
     # in bf16 the sharded residual stream is bf16 too, where autocast keeps it in fp32: close, not equal
     a, b = (utils.read_lines(tmp_path / f"bf16_{fsdp}" / "metrics.jsonl") for fsdp in (False, True))
     assert a[0]["loss"] == pytest.approx(b[0]["loss"], rel=0.1) and a[0]["loss"] != b[0]["loss"]
@@ -186,17 +189,18 @@ def test_second_signal(apart, code):
     assert process.wait() == code and process.stdout.read() == ("15\n" if not code else "")
 
 
-@pytest.mark.parametrize("broken, shown", [
-    ("raise utils.UserError('a mistake')", "error: a mistake"), ("raise OSError(28, 'No space left', 'x')", "No space left"),
-    ("1 / 0 if os.environ['RANK'] == '2' else time.sleep(60)", "ZeroDivisionError"),
-    ("1 / 0 if os.environ['RANK'] == '2' else torch.distributed.barrier()", "ZeroDivisionError")])
-def test_one_error_for_all_processes(tmp_path, broken, shown):
-    """Four processes meet it, or one does and the others wait or fail for it: the first is shown, once."""
+@pytest.mark.parametrize("processes, broken, shown", [
+    (4, "raise utils.UserError('a mistake')", "error: a mistake"),
+    (2, "raise OSError(28, 'No space left', 'x')", "No space left"),
+    (2, "1 / 0 if os.environ['RANK'] == '1' else time.sleep(60)", "ZeroDivisionError"),
+    (4, "1 / 0 if os.environ['RANK'] == '2' else torch.distributed.barrier()", "ZeroDivisionError")])
+def test_one_error_for_all_processes(tmp_path, processes, broken, shown):
+    """All processes meet it, or one does and the others wait or fail for it: the first is shown, once."""
     script = tmp_path / "broken.py"
     script.write_text(f"import os, sys, time, torch\nsys.path.insert(0, {os.getcwd()!r})\nimport utils\n"
                       f"def main(argv):\n    utils.init_processes(30)\n    {broken}\nutils.run(main, '', utils.Sampling)\n")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", str(script)],
-                          capture_output=True, text=True, timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                           str(script)], capture_output=True, text=True, timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
     own = done.stderr.split("torch/distributed/elastic")[0]
     assert done.returncode == 1 and own.count(shown) == 1 and own.count("Traceback") == ("Zero" in shown), own
 

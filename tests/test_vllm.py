@@ -12,6 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import eval_math
+import rl_grpo
+import sample
+import train_distill
 import utils
 from kernels import linear_logp
 from utils import HFEngine, Sampling, VLLMEngine
@@ -200,10 +204,10 @@ def test_an_engine_that_breaks(model, prompts, monkeypatch, break_it, message):
 
 ARGS = ["configs/toy_opd.py", "--engine=vllm", "--kv_cache_gb=0.1", "--batch_size=8", "--max_new_tokens=24",
         "--save_every=1000", "--eval_teacher=False", "--eval_prompts=4", "--eval_samples=2", "--eval_every=1000",
-        "--check_sync_every=2"]
-# train_distill.py, but the engine of rank $BREAKS dies in its third rollouts (it lives in the process: no process to kill)
+        "--check_sync_every=2", "--max_steps=5"]
+# the engine of rank $BREAKS dies in its third rollouts (it lives in the process: no process to kill)
 BREAKING = """
-import os, sys, utils, train_distill
+import os, utils
 plain, calls = utils.VLLMEngine.stream, []
 def stream(self, *args):
     calls.append(0)
@@ -211,58 +215,55 @@ def stream(self, *args):
         self.llm.llm_engine.step = lambda: (_ for _ in ()).throw(RuntimeError("the engine core is dead"))
     return plain(self, *args)
 utils.VLLMEngine.stream = stream
-utils.run(train_distill.main, "", train_distill.Config)
 """
-
-
-def start(*command, **environment):
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."} | environment)
-    return done.returncode, done.stdout, done.stderr
 
 
 def losses(folder):
     return {row["step"]: row["loss"] for row in utils.read_lines(folder / "metrics.jsonl") if "loss" in row}
 
 
-def test_training_resumes_after_a_dead_engine(tmp_path):
+def test_training_resumes_after_a_dead_engine(tmp_path, monkeypatch, capsys):
     """Alone and on two ranks: everyone ends, step 2 is saved, --resume gives the losses of a run that was never cut."""
     whole, cut, two = (tmp_path / name for name in ("whole", "cut", "two"))
-    code, out, err = start("train_distill.py", *ARGS, "--max_steps=5", f"--out_dir={whole}")
-    assert code == 0 and "rollouts by vLLM" in out, err
+    train_distill.main([*ARGS, f"--out_dir={whole}"])
+    assert "rollouts by vLLM" in capsys.readouterr().out
     rows = [row for row in utils.read_lines(whole / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in rows if "logprob_gap_mean" in row] == [1, 3, 5]
     assert all(row.get("logprob_gap_max", 0) < 1e-4 for row in rows)
+    with monkeypatch.context() as patch:
+        patch.setenv("BREAKS", "0")
+        patch.setattr(VLLMEngine, "stream", VLLMEngine.stream)           # put back afterwards
+        exec(BREAKING, {})
+        with pytest.raises(utils.EngineError, match="vLLM failed: RuntimeError: the engine core is dead; .*; step 2 is saved"):
+            train_distill.main([*ARGS, f"--out_dir={cut}"])
     script = tmp_path / "breaking.py"
-    script.write_text(BREAKING)
-    code, out, err = start(str(script), *ARGS, "--max_steps=5", f"--out_dir={cut}", BREAKS="0")
-    assert code == 1 and "vLLM failed: RuntimeError: the engine core is dead" in err and "step 2 is saved: --resume" in err
-    assert "Traceback" not in err
-    code, _, err = start("-m", "torch.distributed.run", "--nproc_per_node=2", str(script), *ARGS, "--max_steps=5",
-                         f"--out_dir={two}", BREAKS="1")
-    assert code == 1 and err.count("the engine core is dead") == 1 and "step 2 is saved" in err
+    script.write_text(f"{BREAKING}\nimport train_distill\nutils.run(train_distill.main, '', train_distill.Config)\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script),
+                           *ARGS, f"--out_dir={two}"], capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ".", "BREAKS": "1"})
+    own = done.stderr.split("torch/distributed/elastic")[0]
+    assert done.returncode == 1 and own.count("the engine core is dead") == 1 and "step 2 is saved: --resume" in own, own
+    assert "Traceback" not in own
     for folder in (cut, two):
         assert json.loads((folder / "last" / "train_state.json").read_text())["step"] == 2
-        code, _, err = start("train_distill.py", *ARGS, "--max_steps=5", f"--out_dir={folder}", "--resume")
-        assert code == 0, err
+        train_distill.main([*ARGS, f"--out_dir={folder}", "--resume"])
         assert losses(folder) == pytest.approx(losses(whole), rel=1e-4)
 
 
-@pytest.mark.parametrize("command, folder", [
-    (["rl_grpo.py", "configs/toy_grpo.py", "--student=data/toy/student", "--max_steps=2", "--prompts_per_step=4",
-      "--group_size=4", "--eval_prompts=4"], "rl"),
-    (["sample.py", "configs/toy_sample.py", "--num_prompts=24", "--max_new_tokens=40"], "sample"),
-    (["eval_math.py", "configs/toy_eval.py", "--model=data/toy/student", "--num_problems=8", "--samples_per_problem=4"],
-     "eval")])
-def test_the_other_scripts(tmp_path, command, folder):
+@pytest.mark.parametrize("script, argv", [
+    (rl_grpo, ["configs/toy_grpo.py", "--student=data/toy/student", "--max_steps=2", "--prompts_per_step=4", "--group_size=4",
+               "--eval_prompts=4"]),
+    (sample, ["configs/toy_sample.py", "--num_prompts=24", "--max_new_tokens=40"]),
+    (eval_math, ["configs/toy_eval.py", "--model=data/toy/student", "--num_problems=8", "--samples_per_problem=4"])])
+def test_the_other_scripts(tmp_path, capsys, script, argv):
     """Their log-probs pass 1e-4 (the toy configs' limit), and vLLM did the work."""
-    code, out, err = start(*command, "--engine=vllm", "--kv_cache_gb=0.1", f"--out_dir={tmp_path / folder}")
-    assert code == 0 and "rollouts by vLLM 0.32" in out, err[-2000:]
-    if folder == "rl":
-        rows = [row for row in utils.read_lines(tmp_path / "rl" / "metrics.jsonl") if "loss" in row]
+    script.main([*argv, "--engine=vllm", "--kv_cache_gb=0.1", f"--out_dir={tmp_path / 'out'}"])
+    assert "rollouts by vLLM 0.32" in capsys.readouterr().out
+    if script is rl_grpo:
+        rows = [row for row in utils.read_lines(tmp_path / "out" / "metrics.jsonl") if "loss" in row]
         assert len(rows) == 2 and 0 < rows[0]["logprob_gap_max"] < 1e-4 and rows[0]["ratio_max"] == 1
-    if folder == "eval":
-        result, = json.loads((tmp_path / "eval" / "results.json").read_text())["results"].values()
+    if script is eval_math:
+        result, = json.loads((tmp_path / "out" / "results.json").read_text())["results"].values()
         assert result["responses"] == 32 and 0.1 < result["avg_at_k"] < 0.7
 
 
