@@ -91,7 +91,7 @@ class Config:
     save_every: int = 40                                 # steps; the end of the run and a new best are always saved
     keep: int = 10                                       # newest checkpoints that stay, besides `best`
     seed: int = 42
-    resume: bool = False                                 # go on from the newest whole checkpoint in out_dir
+    resume: bool = False                                 # go on from the newest whole checkpoint in out_dir, if there is one
     overwrite: bool = False                              # delete the run in out_dir first
 
 
@@ -178,7 +178,7 @@ def main(argv):
     checkpoint = utils.prepare_out_dir(cfg.out_dir, cfg.resume, cfg.overwrite, (cfg.student, cfg.prompts, cfg.eval_data,
                                                                                 cfg.reference))
     state = {"script": "rl_grpo", "student": cfg.student, "reference": None, "step": 0, "tflops": 0.0, "best": -1.0,
-             "evaluated": False}
+             "looked": False}
     if checkpoint:
         state |= utils.read_train_state(checkpoint, "rl_grpo")
         if state["student"] != cfg.student:
@@ -246,11 +246,11 @@ def main(argv):
     utils.catch_signals()
     for step in range(start_step, cfg.max_steps + 1):        # step = batches done so far; the last pass only evaluates
         if stop := utils.signal_received():              # on SIGTERM or SIGINT the step is finished, nothing is lost
-            state["evaluated"] &= step == start_step
+            state["looked"] &= step == start_step        # of the step before; here nothing has been looked at yet
             utils.end_by_signal(stop, save())
         engine.sync(student)
-        fresh = not (step == start_step and state["evaluated"])          # else a resumed run has evaluated and saved there
-        state["evaluated"] = not fresh
+        fresh = not (step == start_step and state["looked"])          # else a resumed run has evaluated and saved there
+        state["looked"] = not fresh
         if fresh:
             is_best = False
             if cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.max_steps):
@@ -261,7 +261,7 @@ def main(argv):
                 score = metrics["avg_at_k"]
                 is_best = step > 0 and score is not None and score > state["best"]
                 state["best"] = score if is_best else state["best"]
-            state["evaluated"] = True
+            state["looked"] = True
             if step > 0 and (is_best or step % cfg.save_every == 0 or step == cfg.max_steps):
                 save(is_best)
         if step == cfg.max_steps:
@@ -366,6 +366,7 @@ def main(argv):
         state["tflops"] += (writer_flops + reference_flops + 3 * cfg.updates_per_batch * batch_flops) / 1e12
         loss, entropy, kl, clipped, correction, seen = utils.all_reduce(totals).tolist()
         lowest, highest, gap = utils.all_reduce(extremes, dist.ReduceOp.MAX).tolist()
+        timings = timer.summary()
         if chief:
             graded, seen = rewards[~rewards.isnan()], max(1, seen)
             equal = (rewards.nan_to_num(2.0).amin(1) >= rewards.nan_to_num(-1.0).amax(1)).sum().item()
@@ -379,7 +380,7 @@ def main(argv):
                    "importance_weight": correction / seen, "logprob_gap_max": gap, **gaps,
                    "mean_length": all_tokens / len(cut), "max_length": longest, "truncated_share": cut.mean().item(),
                    "grad_norm": grad_norm.item(), "learning_rate": optimizer.param_groups[0]["lr"], "tokens": int(all_tokens),
-                   "tokens_per_second": all_tokens / sum(timer.laps.values()), **timer.laps, **timer.peaks,
+                   "tokens_per_second": all_tokens / sum(timer.laps.values()), **timings,
                    "tflops": state["tflops"]}
             utils.write_lines(metrics_file, [row])
             utils.print_row(COLUMNS, row, header=step % 20 == 0 or step == start_step)

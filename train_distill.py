@@ -110,13 +110,13 @@ class Config:
     eval_max_new_tokens: int = 4096
     eval_temperature: float = 0.6
     eval_top_p: float = 0.95
-    eval_teacher: bool = False                           # measure the teacher too, once
+    eval_teacher: bool = False                           # measure the teacher too, once (with fsdp whole on each device)
     # run
     out_dir: str = "out/distill"
     save_every: int = 40                                 # steps; the end of the run and a new best are always saved
     keep: int = 10                                       # newest checkpoints that stay, besides `best`
     seed: int = 42
-    resume: bool = False                                 # go on from the newest whole checkpoint in out_dir
+    resume: bool = False                                 # go on from the newest whole checkpoint in out_dir, if there is one
     overwrite: bool = False                              # delete the run in out_dir first
 
 
@@ -263,7 +263,8 @@ def load_head(path, data):
 def shard(model, device, dtype):
     """
     FSDP2: a rank keeps its part of every tensor and gathers a layer, in `dtype`, only while it runs. What is no layer, that is
-    embedding, final norm and LM head, is one group: embedding and head may be one tensor. Gradients are summed in fp32.
+    embedding, final norm and LM head, is one group: embedding and head may be one tensor. Gradients, in `dtype` for a
+    micro-batch, are summed in fp32.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for module in [*model.base_model.layers, model]:
@@ -384,9 +385,11 @@ def main(argv):
                               {**state, "step": step, "config": dataclasses.asdict(cfg)}, cfg.keep, links)
         return f"step {step} is saved: --resume goes on"
 
+    rescue = None if sharded else save                   # beside a failed engine: shards could not be gathered any more
+
     def evaluate(engine, model, held_out, how, samples):
         return utils.evaluate(engine, model, template, *held_out, how, samples, cfg.seed, cfg.max_tokens_per_microbatch, rank,
-                              world, dtype, save)
+                              world, dtype, rescue)
 
     def measure(engine, model, name, stops):
         how = dataclasses.replace(eval_sampling, stop_ids=tuple(stops))
@@ -398,7 +401,7 @@ def main(argv):
     utils.catch_signals()
     for step in range(start_step, cfg.max_steps + 1):        # step = updates done so far; the last pass only evaluates
         if stop := utils.signal_received():              # on SIGTERM or SIGINT the step is finished, nothing is lost
-            state["looked"] &= step == start_step
+            state["looked"] &= step == start_step        # of the step before; here nothing has been looked at yet
             utils.end_by_signal(stop, save())
         student_engine.sync(student)
         fresh = not (step == start_step and state["looked"])     # else a resumed run has looked, evaluated and saved there
@@ -459,7 +462,7 @@ def main(argv):
             sampling = Sampling(horizon, stops, cfg.temperature, cfg.top_p, cfg.top_k, vocab_size)
             seeds = [utils.derive_seed(cfg.seed, "train", step, slot) for slot, _ in mine]
             asked = [prompts[i] for _, i in mine]
-            rollouts = utils.agree(save, writer_engine.generate, asked, sampling, seeds)
+            rollouts = utils.agree(rescue, writer_engine.generate, asked, sampling, seeds)
             if step == start_step or step % cfg.check_sync_every == 0:
                 gaps = utils.check_logprobs(writer_engine, writer, asked, rollouts, vocab_size, dtype,
                                             cfg.max_tokens_per_microbatch)
@@ -530,6 +533,7 @@ def main(argv):
         # 5. log. FLOPs as the paper counts them (appendix H.1): student prefixes G_s + F_t + 3 F_s, teacher prefixes
         # F_t + 3 F_s, with the teacher's writing kept apart; cached 3 F_s, with the teacher's head kept apart
         state["tflops"] += (3 * student_flops + teacher_flops + (writer_flops if cfg.prefix == "student" else 0)) / 1e12
+        timings = timer.summary()
         if chief:
             forward, reverse, entropy_q, entropy_p = (s / max(1, all_tokens) for s in sums)
             row = {"step": step + 1, "loss": loss, "forward_kl": forward, "reverse_kl": reverse if cfg.teacher else None,
@@ -537,7 +541,7 @@ def main(argv):
                    "mean_length": all_tokens / max(1, all_sequences), "max_length": longest, "horizon": horizon,
                    "truncated_share": truncated / cfg.batch_size, "grad_norm": grad_norm.item(),
                    "learning_rate": optimizer.param_groups[0]["lr"], "tokens": int(all_tokens),
-                   "tokens_per_second": all_tokens / sum(timer.laps.values()), **timer.laps, **timer.peaks, **gaps,
+                   "tokens_per_second": all_tokens / sum(timer.laps.values()), **timings, **gaps,
                    "tflops": state["tflops"],
                    "tflops_teacher_writing": writer_flops / 1e12 if cfg.prefix == "teacher" else 0.0,
                    "tflops_teacher_head": 2 * head_p.numel() * all_tokens / 1e12 if cfg.teacher and not teacher else 0.0}

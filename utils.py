@@ -159,17 +159,23 @@ def init_processes(patience=7200.0):
     global _store
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local, visible = int(os.environ.get("LOCAL_RANK", 0)), os.environ.get("CUDA_VISIBLE_DEVICES")
+    first, patience = world > 1 and not dist.is_initialized(), datetime.timedelta(seconds=patience)
+    if first:                                            # the store before all else: it knows which error was the first
+        _store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+        # or processes that torchrun has started again may find the addresses of the dead
+        _store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), _store)
+        if os.environ.get("GROUP_WORLD_SIZE", "1") != "1" and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+            raise UserError(f"--max-restarts={os.environ['TORCHELASTIC_MAX_RESTARTS']}: on several machines torchrun's agents "
+                            f"count restarts each for itself; leave it out, and give the same command again with --resume")
     if world > 1 and visible != "" and (visible is None or "," in visible):      # "": no GPU is wanted; one: it is set already
         # each process sees its own GPU only, as cuda:0, for vLLM in it takes the first it sees; before CUDA is touched
         os.environ["CUDA_VISIBLE_DEVICES"] = str(local) if visible is None else (visible.split(",") + ["-1"] * local)[local]
         if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
             raise UserError(f"process {local} on this machine has no GPU; lower --nproc_per_node to the number of GPUs")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if world > 1 and not dist.is_initialized():
-        patience = datetime.timedelta(seconds=patience)
-        _store, _, _ = next(dist.rendezvous("env://", timeout=patience))
-        # or processes that torchrun has started again may find the addresses of the dead
-        _store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), _store)
+    if first:
+        if device.type == "cuda":
+            torch.cuda.init()                            # or init_device_mesh takes GPU number LOCAL_RANK, of the one it sees
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=_store, rank=rank,
                                 world_size=world, timeout=patience)
     return rank, world, device
@@ -188,17 +194,28 @@ _signal = [0, 0.0]                                       # the first that came, 
 def catch_signals():
     """
     From now on SIGTERM and SIGINT are noted for `signal_received`. A second one ends the process at once, unless it follows
-    within a second: schedulers signal torchrun and its processes, and torchrun passes its own on.
+    within a second: schedulers signal torchrun and its processes, and torchrun passes its own on. A thread does this, for
+    Python runs handlers in the main one, and that may hang in a collective.
     """
-    def note(number, _):
-        if _signal[0] and time.monotonic() > _signal[1] + 1:
-            os._exit(128 + number)
-        if not _signal[0]:
-            _signal[:] = number, time.monotonic()
+    def watch():
+        while number := os.read(reading, 1)[0]:
+            if _signal[0] and time.monotonic() > _signal[1] + 1:
+                os._exit(128 + number)
+            if not _signal[0]:
+                _signal[:] = number, time.monotonic()
+
     _signal[0] = 0
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, note)
-        signal.signal(signal.SIGINT, note)
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is not _leave_it:
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing)                    # the number of each signal that has a handler
+        signal.signal(signal.SIGTERM, _leave_it)
+        signal.signal(signal.SIGINT, _leave_it)
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def _leave_it(*_):
+    """To the thread."""
 
 
 def signal_received():
@@ -329,8 +346,11 @@ def check_tokenizers(a, b, whose, others):
 
 
 def load_model(path, dtype, device="cpu"):
-    """A causal LM in eval mode (no dropout), in `dtype`. Raises UserError when it is missing or its head is not linear."""
+    """A causal LM in eval mode (no dropout), in `dtype`. UserError when it is missing, damaged, or its head is not linear."""
     _check_model_path(path)
+    if (Path(path) / "manifest.json").is_file() and (why := damage(Path(path), "model*")):       # one of our checkpoints
+        raise UserError(f"{path} is damaged ({why}): take another checkpoint; if you changed it yourself, delete its "
+                        f"manifest.json")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
@@ -766,21 +786,36 @@ class VLLMEngine:
         self.pending = model
 
     def _ready(self, *tags):
-        """Loaded, awake and in sync."""
-        if self.llm is None:
-            self._load(self.pending)
-        for tag in [tag for tag in tags if tag in self.asleep]:
-            self.llm.wake_up([tag])
-            self.asleep.remove(tag)
-        if self.pending is not None:
+        """Loaded, awake and in sync. Where the model is sharded all ranks call it, and none streams if one could not load."""
+        def wake():
+            if self.llm is None:
+                self._load(self.pending)
+            for tag in [tag for tag in tags if tag in self.asleep]:
+                self.llm.wake_up([tag])
+                self.asleep.remove(tag)
+            yield
+
+        def stream_in():
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._weights(self.pending)})
             self.llm.reset_prefix_cache()
+            yield
+        error = None
+        try:
+            list(self._run(wake))
+        except EngineError as failure:
+            error = failure
+        failed = torch.tensor(float(error is not None))
+        if (all_reduce(failed, dist.ReduceOp.MAX) if isinstance(self.pending, FSDPModule) else failed).item():
+            raise error or EngineError()                 # of another rank, which says why
+        if self.pending is not None:
+            list(self._run(stream_in))
             self.pending = None
 
     def stream(self, prompts, sampling, seeds, on_token=None):
         """As HFEngine.stream; seeds repeat a run, but in bf16 the batch a row is in has a say too."""
+        self._ready("weights", "kv_cache")
+
         def job():
-            self._ready("weights", "kv_cache")
             from vllm import SamplingParams
             from vllm.sampling_params import RequestOutputKind
             engine, self.count = self.llm.llm_engine, self.count + 1
@@ -812,8 +847,9 @@ class VLLMEngine:
         [(|mine - theirs| / |theirs|, name)] of the weights, the largest first. vLLM packs matrices in its own way, so they are
         compared by what they do to a random vector.
         """
+        self._ready("weights")
+
         def job():
-            self._ready("weights")
             mine = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
             packed = {part: whole for whole, parts in type(mine).packed_modules_mapping.items() for part in parts}
             layers, offsets, found = dict(mine.named_modules()), {}, []
@@ -892,7 +928,7 @@ def make_engine(kind, cfg, model, dtype, vocab_size, max_length, sleeps=True):
 def agree(rescue, work, *args):
     """
     work(*args) on every rank. Where the engine fails on one of them, none waits for it: rescue() on all ranks, which saves what
-    there is and says where, then EngineError on the one and a silent end on the others.
+    there is and says where (None: there is nothing to save), then EngineError on the one and a silent end on the others.
     """
     result, error = None, None
     try:
@@ -901,11 +937,11 @@ def agree(rescue, work, *args):
         error = failure
     if all_reduce(torch.tensor(float(error is not None)), dist.ReduceOp.MAX).item():
         try:
-            saved = rescue()
+            saved = rescue() if rescue else "checkpoints before it are whole"
         except (RuntimeError, OSError) as failure:       # a GPU that hangs or failed gives nothing back
             saved = f"this step could not be saved ({_first_line(failure)}), checkpoints before it are whole"
         all_reduce(torch.zeros(1))                       # on the CPU; torchrun kills all when the first ends
-        if error is None:
+        if error is None or not error.args:
             time.sleep(5)                                # the one that failed says why
             os._exit(1)
         raise EngineError(f"{error}; {saved}")
@@ -952,8 +988,9 @@ def microbatches(lengths, max_tokens):
 
 def response_hidden(model, sequences, dtype=torch.float32):
     """
-    Hidden states (N, H) in `dtype` (by autocast where the weights are wider), after the final norm, that predict each response
-    token of the (prompt, response) sequences, in order: positions len(prompt) - 1 ... len(prompt) + len(response) - 2.
+    Hidden states (N, H) in `dtype` (by autocast where the weights are wider; FSDP gathers them in it), after the final norm,
+    that predict each response token of the (prompt, response) sequences, in order: positions len(prompt) - 1 ...
+    len(prompt) + len(response) - 2.
 
     Padded on the right and run without a mask: under causal attention no real token sees the padding, and positions, never
     token ids, say what is a response.
@@ -961,7 +998,7 @@ def response_hidden(model, sequences, dtype=torch.float32):
     device = model.device
     width = max(len(p) + len(r) for p, r in sequences)
     ids = torch.tensor([[*p, *r, *[0] * (width - len(p) - len(r))] for p, r in sequences], device=device)     # (B, T)
-    with torch.autocast(device.type, dtype, enabled=model.dtype != dtype):
+    with torch.autocast(device.type, dtype, enabled=model.dtype != dtype and not isinstance(model, FSDPModule)):
         hidden = base_model(model)(ids, use_cache=False).last_hidden_state                                    # (B, T, H)
     where = [row * width + len(p) - 1 + t for row, (p, r) in enumerate(sequences) for t in range(len(r))]
     return hidden.flatten(0, 1).index_select(0, torch.tensor(where, dtype=torch.long, device=device)).to(dtype)
@@ -1245,13 +1282,14 @@ def repetition(tokens, n=8):
 
 
 @torch.no_grad()
-def respond(engine, model, tokenizer, problems, prompts, pairs, sampling, seed, max_tokens, dtype=torch.float32):
+def respond(engine, model, tokenizer, problems, prompts, pairs, sampling, seed, max_tokens, dtype=torch.float32, generate=None):
     """
     A record for each (index, sample) of `pairs`: the response of `model` to problems[index], of prompt ids prompts[index],
-    graded and measured. Entropies are of the full softmax at T = 1, in nats, summed over tokens.
+    graded and measured. Entropies are of the full softmax at T = 1, in nats, summed over tokens. generate: engine.generate, or
+    what stands for it.
     """
     asked = [prompts[i] for i, _ in pairs]
-    rollouts = engine.generate(asked, sampling, [derive_seed(seed, "eval", i, j) for i, j in pairs])
+    rollouts = (generate or engine.generate)(asked, sampling, [derive_seed(seed, "eval", i, j) for i, j in pairs])
     entropy, gaps = score(model, asked, rollouts, sampling.vocab_size, dtype, max_tokens)
     check_gaps(engine, model, gaps)
     responses = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens, _, _ in rollouts]
@@ -1308,13 +1346,14 @@ def summarise(records):
 
 
 def evaluate(engine, model, tokenizer, problems, prompts, sampling, samples, seed, max_tokens, rank=0, world=1,
-             dtype=torch.float32, rescue=str):
+             dtype=torch.float32, rescue=None):
     """
     Sample `samples` responses a problem and measure them: (summary with the sampling settings, records), on every rank. rescue:
     as in `agree`.
     """
     pairs = [(i, j) for i in range(len(problems)) for j in range(samples)][rank::world]
-    records = agree(rescue, respond, engine, model, tokenizer, problems, prompts, pairs, sampling, seed, max_tokens, dtype)
+    records = respond(engine, model, tokenizer, problems, prompts, pairs, sampling, seed, max_tokens, dtype,
+                      functools.partial(agree, rescue, engine.generate))
     if world > 1:
         parts = [None] * world
         dist.all_gather_object(parts, records)
@@ -1357,11 +1396,12 @@ def open_run(cfg, origin, state, rank, world):
         dist.barrier()                                   # every rank has checked out_dir
     metrics_file = os.path.join(cfg.out_dir, "metrics.jsonl")
     if rank == 0:
-        if cfg.overwrite and state["step"] == 0 and os.path.exists(cfg.out_dir):       # else torchrun has restarted the run
+        if cfg.overwrite and os.path.exists(cfg.out_dir):
             shutil.rmtree(os.path.realpath(cfg.out_dir))
         os.makedirs(cfg.out_dir, exist_ok=True)
         for leftover in Path(cfg.out_dir).glob(".step_*"):       # of a save that was cut short
             shutil.rmtree(leftover)
+        _point(Path(cfg.out_dir), state.get("links", ()), f"step_{state['step']:06d}")      # a crash may have come before
         print_config(cfg, origin)
         for key, old in state.get("config", {}).items():     # of a resumed run
             now = json.loads(json.dumps(getattr(cfg, key)))      # as JSON has it: a tuple is a list there
@@ -1370,7 +1410,9 @@ def open_run(cfg, origin, state, rank, world):
         with open(os.path.join(cfg.out_dir, "run_config.json"), "w") as file:
             json.dump(dataclasses.asdict(cfg), file, indent=1)
         done = read_lines(metrics_file) if os.path.exists(metrics_file) else []
-        write_lines(metrics_file, [row for row in done if row["step"] <= state["step"]], mode="w")
+        kept = [row for row in done if row["step"] < state["step"] or row["step"] == state["step"] and (
+            "loss" in row or state["looked"])]           # else that step's evaluation is to come again
+        write_lines(metrics_file, kept, mode="w")
     return metrics_file
 
 
@@ -1415,6 +1457,11 @@ class Timer:
         self.peaks[f"{name}_gb"] = max(self.peaks[f"{name}_gb"], peak_memory(self.device))
         self.now = now
 
+    def summary(self):
+        """Both: the seconds of this rank, the peaks of the rank that had the largest. All ranks call it."""
+        peaks = all_reduce(torch.tensor([*self.peaks.values()]), dist.ReduceOp.MAX).tolist()
+        return self.laps | dict(zip(self.peaks, peaks))
+
 
 def peak_memory(device):
     """GB, since the last call; NaN where the system does not tell."""
@@ -1432,27 +1479,33 @@ def peak_memory(device):
 
 def prepare_out_dir(out_dir, resume, overwrite, inputs=()):
     """
-    Check `out_dir` before any work: returns the checkpoint to go on from, or None. Writes nothing. `inputs`: paths read. All
-    ranks call it. Restarted by `torchrun --max-restarts`, a run resumes by itself.
+    Check `out_dir` before any work: returns the checkpoint to go on from, or None. `inputs`: paths read. All ranks call it, and
+    the first one looks.
     """
-    path, restarted = Path(out_dir), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other: go on with the run, or throw it away")
-    if (resume or restarted) and (path / "run_config.json").is_file():
-        return newest_checkpoint(path)
-    if resume:
-        raise UserError(f"nothing to resume in {path}: it has no run_config.json; start without --resume")
-    if path.exists() and not path.is_dir():
-        raise UserError(f"out_dir={str(path)!r} is a file; choose another name")
-    if path.is_dir() and any(path.iterdir()):
-        if not overwrite:
-            raise UserError(f"out_dir={str(path)!r} exists: --resume goes on with that run, --overwrite deletes it")
-        if not (path / "run_config.json").is_file():
-            raise UserError(f"out_dir={str(path)!r} has no run_config.json; --overwrite deletes run folders only")
-        for name in inputs:
-            if name and path.resolve() in Path(name).resolve().parents:
-                raise UserError(f"--overwrite would delete {name}, which this run reads; choose another out_dir")
-    return None
+    path, step = Path(out_dir), -1
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        if resume and overwrite:
+            raise UserError("--resume and --overwrite exclude each other: go on with the run, or throw it away")
+        if overwrite and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+            raise UserError(f"--overwrite with torchrun's --max-restarts would delete the run at each restart: delete "
+                            f"{out_dir} yourself, and give --resume, which begins where there is nothing to go on from")
+        if path.exists() and not path.is_dir():
+            raise UserError(f"out_dir={str(path)!r} is a file; choose another name")
+        if path.is_dir() and any(path.iterdir()):
+            if not (path / "run_config.json").is_file():
+                raise UserError(f"out_dir={str(path)!r} has no run_config.json: it is no run to resume or to overwrite; choose "
+                                f"another name")
+            if not overwrite and not resume:
+                raise UserError(f"out_dir={str(path)!r} exists: --resume goes on with that run, --overwrite deletes it")
+            for name in inputs if overwrite else ():
+                if name and path.resolve() in Path(name).resolve().parents:
+                    raise UserError(f"--overwrite would delete {name}, which this run reads; choose another out_dir")
+        step = newest_checkpoint(path) if resume else -1
+    step = int(all_reduce(torch.tensor(step), dist.ReduceOp.MAX).item())
+    checkpoint = path / f"step_{step:06d}"
+    if step >= 0 and not checkpoint.is_dir():
+        raise UserError(f"{checkpoint} is not on this machine: all of them need the same out_dir")
+    return checkpoint if step >= 0 else None
 
 
 def save_checkpoint(out_dir, model, tokenizer, optimizer, state, keep, links=()):
@@ -1466,10 +1519,14 @@ def save_checkpoint(out_dir, model, tokenizer, optimizer, state, keep, links=())
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
     moments = get_optimizer_state_dict(model, optimizer, options=options) if optimizer.state else {}
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        _write_checkpoint(Path(out_dir), model, tokenizer, weights, moments, state, keep, [*links, "last"])
+    all_reduce(torch.zeros(1))                           # others would take the wait for a hang of something else
+
+
+def _write_checkpoint(out_dir, model, tokenizer, weights, moments, state, keep, links):
     own = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}         # a tied tensor once
-    out_dir, name = Path(out_dir), f"step_{state['step']:06d}"
+    name = f"step_{state['step']:06d}"
     temporary, old = out_dir / f".{name}.tmp", out_dir / f".{name}.old"
     try:
         if not out_dir.is_dir():
@@ -1479,9 +1536,9 @@ def save_checkpoint(out_dir, model, tokenizer, optimizer, state, keep, links=())
         tokenizer.save_pretrained(temporary)
         save_file({f"{name_}/{key}": value.contiguous() for name_, values in moments.get("state", {}).items()
                    for key, value in values.items()}, temporary / "optimizer.safetensors")
-        (temporary / "train_state.json").write_text(json.dumps(state, indent=1))
+        (temporary / "train_state.json").write_text(json.dumps(state | {"links": links}, indent=1))
         (temporary / "manifest.json").write_text(json.dumps({"sha256": _digests(temporary)}, indent=1))
-        for path in [*temporary.iterdir(), temporary]:   # a disk that is full, or a network, may say so only now
+        for path in [*temporary.rglob("*"), temporary]:  # a disk that is full, or a network, may say so only now
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)
@@ -1489,62 +1546,67 @@ def save_checkpoint(out_dir, model, tokenizer, optimizer, state, keep, links=())
             os.replace(out_dir / name, old)
         os.replace(temporary, out_dir / name)
         shutil.rmtree(old, ignore_errors=True)
-        for link in [*links, "last"]:
-            (out_dir / f".{link}.tmp").unlink(missing_ok=True)
-            os.symlink(name, out_dir / f".{link}.tmp")
-            os.replace(out_dir / f".{link}.tmp", out_dir / link)
-    except (OSError, safetensors.SafetensorError) as error:
+        _point(out_dir, links, name)
+    except Exception as error:                           # a tokenizer's "No space left on device" is a plain Exception
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"cannot save {out_dir / name}: {_first_line(error)}; checkpoints before it are whole: make room, then "
                         f"--resume") from error
     pointed = {os.readlink(out_dir / link) for link in ("last", "best", "stable") if (out_dir / link).is_symlink()}
-    for older in sorted(out_dir.glob("step_*"))[:-keep]:
+    for _, older in _checkpoints(out_dir)[:-keep]:
         if older.name not in pointed:
-            shutil.rmtree(older)
+            shutil.rmtree(older, ignore_errors=True)     # somebody may be reading it
 
 
-def _digests(folder):
+def _point(out_dir, links, name):
+    for link in links:
+        (out_dir / f".{link}.tmp").unlink(missing_ok=True)
+        os.symlink(name, out_dir / f".{link}.tmp")
+        os.replace(out_dir / f".{link}.tmp", out_dir / link)
+
+
+def _digests(folder, pattern="*"):
     digests = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(path for path in folder.rglob(pattern) if path.is_file()):
         with open(path, "rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            digests[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
 
 
-def damage(checkpoint):
-    """What is wrong with the files of a checkpoint, by its manifest; "" where it is whole."""
+def damage(checkpoint, pattern="*"):
+    """What is wrong with the files of a checkpoint that match, by its manifest; "" where they are whole."""
     try:
         promised = json.loads((checkpoint / "manifest.json").read_text())["sha256"]
-        found = _digests(checkpoint)
+        found = _digests(checkpoint, pattern)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"manifest.json: {_first_line(error)}"
-    wrong = [name for name, digest in promised.items() if found.get(name) != digest]
+    wrong = [name for name, digest in promised.items() if Path(name).match(pattern) and found.get(name) != digest]
     return f"{wrong[0]} is not what was saved" if wrong else ""
 
 
 def newest_checkpoint(out_dir):
     """
-    The newest whole step_* folder, found by the first rank for all; None where nothing was saved yet. Damaged ones are named,
-    and passed over. UserError when all are damaged.
+    The step of the newest whole checkpoint; -1 where nothing was saved yet. Damaged ones are named, and passed over. UserError
+    when all are damaged.
     """
-    newest, wrong = -1, []
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        for folder in sorted(out_dir.glob("step_*"), reverse=True):
-            if why := damage(folder):
-                wrong.append(f"{folder} is damaged ({why})")
-                continue
-            newest = int(folder.name.removeprefix("step_"))
-            break
-        if wrong and newest < 0:
-            raise UserError(f"{'; '.join(wrong)}: no whole checkpoint to resume from; start anew with --overwrite")
-        for line in wrong:
-            print(f"warning: {line}: going on from step {newest}")
-        if newest < 0:
-            print(f"no checkpoint in {out_dir} yet: from the start")
-    newest = int(all_reduce(torch.tensor(newest), dist.ReduceOp.MAX).item())
-    if newest >= 0 and not (out_dir / f"step_{newest:06d}").is_dir():
-        raise UserError(f"{out_dir / f'step_{newest:06d}'} is not on this machine: all of them need the same out_dir")
-    return out_dir / f"step_{newest:06d}" if newest >= 0 else None
+    for old in out_dir.glob(".step_*.old"):              # killed between the two renames of a save
+        if not (out_dir / old.stem[1:]).exists():
+            os.replace(old, out_dir / old.stem[1:])
+    wrong = []
+    for step, folder in _checkpoints(out_dir)[::-1]:
+        if not (why := damage(folder)):
+            for line in wrong:
+                print(f"warning: {line}: going on from step {step}")
+            return step
+        wrong.append(f"{folder} is damaged ({why})")
+    if wrong:
+        raise UserError(f"{'; '.join(wrong)}: no whole checkpoint to resume from; start anew with --overwrite")
+    print(f"no checkpoint in {out_dir} yet: from the start")
+    return -1
+
+
+def _checkpoints(out_dir):
+    """[(step, folder)], the oldest first."""
+    return sorted((int(name[1]), path) for path in out_dir.glob("step_*") if (name := re.fullmatch(r"step_(\d+)", path.name)))
 
 
 def read_train_state(checkpoint, script):
@@ -1586,12 +1648,16 @@ def run(main, doc, cls):
         main(sys.argv[1:])
     except SystemExit as end:
         code = end.code
+    except KeyboardInterrupt:                            # outside a training loop, which would finish its step
+        sys.stdout.flush()
+        os._exit(128 + signal.SIGINT)
     except Exception as error:                           # whatever it is, the other processes must not wait for this one
         if not _first_to_fail():
             time.sleep(5)                                # torchrun ends all with the first that ends: let that be the cause
         elif isinstance(error, UserError | OSError):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        elif together and isinstance(error, RuntimeError) and re.search("gloo|NCCL|ProcessGroup", str(error)):
+        elif together and isinstance(error, RuntimeError) and re.search(
+                r"(?is)(?:gloo|NCCL|ProcessGroup).*(?:closed|reset|refused|remote|timed? ?out)", str(error)):
             print(f"error: another process has ended, or is silent for longer than a rank waits ({_first_line(error)[:200]})",
                   file=sys.stderr, flush=True)
         else:

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -35,7 +34,7 @@ def main(argv):
 utils.run(main, "", train_distill.Config)
 """
 TEN = ["--max_steps=10", "--batch_size=8", "--max_new_tokens=48", "--eval_every=0", "--save_every=1000", "--warmup_steps=2",
-       "--max_tokens_per_microbatch=100"]
+       "--max_tokens_per_microbatch=100", "--max_grad_norm=0.2"]
 CELLS = ["toy_sft", "toy_offline", "toy_dagger", "toy_opd"]
 
 
@@ -88,7 +87,9 @@ def assert_same(one, other, tolerance=2e-5):
     for file in ("model.safetensors", "optimizer.safetensors"):
         x, y = load_file(one / "last" / file), load_file(other / "last" / file)
         assert x.keys() == y.keys()
-        assert max((x[key] - y[key]).abs().max().item() for key in x) <= tolerance, (other, file)
+        for key in x:                                    # moments are small: to a thousandth of the largest
+            limit = tolerance if file == "model.safetensors" else 1e-3 * x[key].abs().max()
+            assert (x[key] - y[key]).abs().max() <= limit, (other, file, key)
 
 
 ROLLBACK = ["configs/toy_curriculum.py", *TEN, "--max_steps=5", "--horizons=(6, 12, 24)", "--steps_per_horizon=2",
@@ -179,9 +180,17 @@ def test_chaos(quick):
 
 @pytest.mark.parametrize("apart, code", [(0.0, 0), (1.2, 128 + signal.SIGTERM)])
 def test_second_signal(apart, code):
-    """At once is once: a scheduler signals torchrun and its processes. Later, the second ends the process where it is."""
-    process = subprocess.Popen([sys.executable, "-c", "import time, utils; utils.catch_signals(); print(1, flush=True); "
-                                "time.sleep(3); print(utils.signal_received(), flush=True)"], stdout=subprocess.PIPE, text=True)
+    """
+    At once is once: a scheduler signals torchrun and its processes. Later, the second ends the process where it is, were it in
+    a collective, where Python's own handlers do not run.
+    """
+    process = subprocess.Popen([sys.executable, "-c", """if True:
+        import contextlib, datetime, torch, utils
+        utils.catch_signals()
+        print(1, flush=True)
+        with contextlib.suppress(RuntimeError):
+            torch.distributed.HashStore().wait(["never"], datetime.timedelta(seconds=3))
+        print(utils.signal_received(), flush=True)"""], stdout=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.terminate()
     time.sleep(apart)
@@ -202,15 +211,26 @@ def test_one_error_for_all_processes(tmp_path, processes, broken, shown):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
                            str(script)], capture_output=True, text=True, timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
     own = done.stderr.split("torch/distributed/elastic")[0]
-    assert done.returncode == 1 and own.count(shown) == 1 and own.count("Traceback") == ("Zero" in shown), own
+    assert done.returncode == 1 and own.count("Traceback") == ("Zero" in shown), own
+    assert done.stderr.count(shown) == 1 and done.stderr.count("error: ") == ("Zero" not in shown), done.stderr
 
 
 def test_folder_that_is_not_shared(tmp_path, monkeypatch):
-    """A machine that does not see the checkpoint says so."""
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-    monkeypatch.setattr(utils, "all_reduce", lambda tensor, op: torch.tensor(40))
-    with pytest.raises(utils.UserError, match="step_000040 is not on this machine: all of them need the same out_dir"):
-        utils.newest_checkpoint(Path(tmp_path))
+    """A machine that does not see the checkpoint says so: here the second rank works in another folder."""
+    train_distill.main([*options("toy_opd", None), "--max_steps=1", f"--out_dir={tmp_path}/one/run"])
+    script = tmp_path / "elsewhere.py"
+    script.write_text(f"import os, sys\nsys.path.insert(0, {os.getcwd()!r})\nimport utils\n"
+                      f"rank, _, _ = utils.init_processes(30)\nos.chdir({str(tmp_path)!r} + ('/one' if rank == 0 else ''))\n"
+                      "utils.run(lambda argv: utils.prepare_out_dir('run', True, False), '', utils.Sampling)\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
+                          capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert "error: run/step_000001 is not on this machine: all of them need the same out_dir\n" in done.stderr
 
 
+def test_several_machines_do_not_restart(monkeypatch):
+    for key, value in {"WORLD_SIZE": "2", "RANK": "0", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3",
+                       "MASTER_ADDR": "localhost", "MASTER_PORT": "29672"}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(utils.UserError, match="--max-restarts=3: on several machines .* give the same command again with"):
+        utils.init_processes(5)

@@ -281,7 +281,7 @@ def test_150_steps_raise_accuracy(rl, seed):
     ("--clip_low=1", "clip_low=1.0: must be in"), ("--importance_cap=0.5", "importance_cap=0.5: must be at least 1"),
     ("--loss_type=ppo", "loss_type='ppo'"), ("--prompts=data/none.jsonl", "no prompt file data/none.jsonl"),
     ("--student=data/toy/none", "data/toy/none"), ("--max_new_tokens=99999", "no usable prompt"),
-    ("--eval_every=-1", "eval_every=-1: must not be negative"), ("--resume", "nothing to resume")])
+    ("--eval_every=-1", "eval_every=-1: must not be negative"), ])
 def test_mistakes(tmp_path, option, message):
     with pytest.raises(utils.UserError) as caught:
         rl_grpo.main(["configs/toy_grpo.py", "--student=data/toy/student", *SHORT, f"--out_dir={tmp_path / 'x'}", option])

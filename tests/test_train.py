@@ -295,9 +295,9 @@ def broken(tmp_path_factory):
     ("--learning_rat=1", "unknown key 'learning_rat'; did you mean 'learning_rate'"),
     ("--batch_size=0", "batch_size=0: must be a positive multiple"),
     ("--top_p=0", r"top_p=0.0: must be in \(0, 1\]"),
-    ("--out_dir={root}/used", "exists: --resume goes on with that run, --overwrite deletes it"),
-    ("--out_dir={root}/used --overwrite", "deletes run folders only"),
-    ("--out_dir={root}/new --resume", "nothing to resume"),
+    ("--out_dir={root}/used", "no run to resume or to overwrite"),
+    ("--out_dir={root}/used --overwrite", "no run to resume or to overwrite"),
+    ("--out_dir={root}/used --resume", "no run to resume or to overwrite"),
     ("--out_dir={root}/used/thesis.txt", "is a file"),
     ("configs/toy_odp.py", "two config files"),
 ])
@@ -321,15 +321,17 @@ def test_resume_mistakes(train):
         train_distill.main([*again, "--max_steps=0"])
     with pytest.raises(utils.UserError, match="was written by 'train_distill', not by 'rl_grpo'"):
         utils.read_train_state(run / "last", "rl_grpo")
-    with pytest.raises(utils.UserError, match="nothing to resume in .*/other: it has no run_config.json"):
-        train_distill.main([*again[:-1], f"--out_dir={run.parent}/other"])
-    assert not (run.parent / "other").exists()
+    with pytest.raises(utils.UserError, match="out_dir='.*' has no run_config.json: it is no run to resume or to overwrite"):
+        train_distill.main([*again[:-1], f"--out_dir={run.parent}"])
     for name in ("optimizer.safetensors", "model.safetensors", "train_state.json", "config.json", "manifest.json"):
         whole = (run / "last" / name).read_bytes()
         for damaged in (whole[:-10], whole[:50] + bytes([whole[50] ^ 1]) + whole[51:], None):
             (run / "last" / name).unlink() if damaged is None else (run / "last" / name).write_bytes(damaged)
             with pytest.raises(utils.UserError, match=r"step_000001 is damaged \(.*\): no whole checkpoint to resume from"):
                 train_distill.main(again)
+            if name == "model.safetensors":              # nor can another run start from it
+                with pytest.raises(utils.UserError, match=r"last is damaged \(.*\): take another checkpoint"):
+                    utils.load_model(run / "last", torch.float32)
             (run / "last" / name).write_bytes(whole)
     train_distill.main(again)                            # whole again, it resumes
     assert [row["step"] for row in utils.read_lines(run / "metrics.jsonl")] == [1, 2]
@@ -343,6 +345,10 @@ def test_resume_from_the_newest_whole_checkpoint(train, capsys):
     (run / "last").unlink()
     os.symlink("step_000001", run / "last")              # killed after the rename of step 2, before `last` was moved
     (run / ".step_000003.tmp").mkdir()
+    train(*options, "--max_steps=2", "--resume", out=run)
+    assert os.readlink(run / "last") == "step_000002" and not list(run.glob(".*"))
+    (run / "step_000002").rename(run / ".step_000002.old")       # killed between the two renames of a save
+    capsys.readouterr()
     rows, _ = train(*options, "--max_steps=3", "--resume", out=run)
     assert "from step 2\n" in capsys.readouterr().out and not list(run.glob(".*"))
     data = (run / "step_000003" / "model.safetensors").read_bytes()
@@ -357,20 +363,38 @@ def test_resume_from_the_newest_whole_checkpoint(train, capsys):
     assert [row["step"] for row in rows] == [1, 2, 3] and same(weights(run)[0], weights(whole)[0])
 
 
-def test_restarted_by_torchrun(train, monkeypatch):
-    """`torchrun --max-restarts` gives the same command again: the run goes on, with --overwrite too, or begins."""
-    options = ("configs/toy_opd.py", "--save_every=1", "--overwrite")
-    _, run = train(*options, "--max_steps=2")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+def test_restarted_by_torchrun(train, monkeypatch, capsys):
+    """`torchrun --max-restarts` gives the same command again: with --resume it begins the run, then goes on with it."""
+    options = ("configs/toy_opd.py", "--save_every=1")
+    _, run = train(*options, "--max_steps=2", "--resume")
+    assert "run0 yet: from the start" in capsys.readouterr().out
     made = (run / "step_000002").stat().st_mtime_ns
-    with pytest.raises(utils.UserError, match="exclude each other"):
-        train(*options, "--resume", "--max_steps=3", out=run)
-    rows, _ = train(*options, "--max_steps=3", out=run)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(utils.UserError, match="exists: --resume goes on"):       # as the first try said
+        train(*options, "--max_steps=3", out=run)
+    with pytest.raises(utils.UserError, match="--overwrite with torchrun's --max-restarts would delete the run"):
+        train(*options, "--overwrite", "--max_steps=3", out=run)
+    rows, _ = train(*options, "--max_steps=3", "--resume", out=run)
     assert [row["step"] for row in rows] == [1, 2, 3] and (run / "step_000002").stat().st_mtime_ns == made
-    for folder in run.glob("step_*"):
-        shutil.rmtree(folder)
-    rows, _ = train(*options, "--max_steps=1", out=run)
-    assert [row["step"] for row in rows] == [1]
+
+
+def test_checkpoints_beside_other_things(train, monkeypatch):
+    """Copies and folders of the user's own do not count; a full disk that the tokenizer meets leaves nothing half-written."""
+    options = ("configs/toy_opd.py", "--save_every=1")
+    _, run = train(*options, "--max_steps=1")
+    shutil.copytree(run / "step_000001", run / "step_000009_backup")
+    (run / "step_000001" / "eval").mkdir()
+    (run / "step_000001" / "eval" / "results.json").write_text("{}")
+    train(*options, "--max_steps=2", "--keep=1", "--resume", out=run)
+    assert {path.name for path in run.glob("step_*")} == {"step_000002", "step_000009_backup"}
+
+    def full(*args, **options):
+        raise Exception("No space left on device (os error 28)")
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
+    with pytest.raises(utils.UserError, match="cannot save .*step_000003: No space left .*: make room, then --resume"):
+        train(*options, "--max_steps=3", "--resume", out=run)
+    assert not list(run.glob(".*")) and utils.damage(run / "last") == ""
 
 
 def test_command_line(tmp_path):

@@ -223,8 +223,11 @@ def losses(folder):
 
 
 def test_training_resumes_after_a_dead_engine(tmp_path, monkeypatch, capsys):
-    """Alone and on two ranks: everyone ends, step 2 is saved, --resume gives the losses of a run that was never cut."""
-    whole, cut, two = (tmp_path / name for name in ("whole", "cut", "two"))
+    """
+    Alone and on two ranks: everyone ends, step 2 is saved, --resume gives the losses of a run that was never cut. So does a run
+    on two ranks that hold shards and stream them into their engines.
+    """
+    whole, cut, two, sharded = (tmp_path / name for name in ("whole", "cut", "two", "sharded"))
     train_distill.main([*ARGS, f"--out_dir={whole}"])
     assert "rollouts by vLLM" in capsys.readouterr().out
     rows = [row for row in utils.read_lines(whole / "metrics.jsonl") if "loss" in row]
@@ -236,18 +239,38 @@ def test_training_resumes_after_a_dead_engine(tmp_path, monkeypatch, capsys):
         exec(BREAKING, {})
         with pytest.raises(utils.EngineError, match="vLLM failed: RuntimeError: the engine core is dead; .*; step 2 is saved"):
             train_distill.main([*ARGS, f"--out_dir={cut}"])
-    script = tmp_path / "breaking.py"
-    script.write_text(f"{BREAKING}\nimport train_distill\nutils.run(train_distill.main, '', train_distill.Config)\n")
+    script = tmp_path / "breaking.py"                    # after a run on shards, in the same processes
+    script.write_text("import sys, train_distill, utils\ndef main(argv):\n"
+                      f"    train_distill.main([*argv[:-1], '--fsdp=True', '--out_dir={sharded}'])\n"
+                      f"    exec({BREAKING!r}, {{}})\n    train_distill.main(argv)\n"
+                      "utils.run(main, '', train_distill.Config)\n")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script),
                            *ARGS, f"--out_dir={two}"], capture_output=True, text=True, timeout=300,
                           env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ".", "BREAKS": "1"})
     own = done.stderr.split("torch/distributed/elastic")[0]
     assert done.returncode == 1 and own.count("the engine core is dead") == 1 and "step 2 is saved: --resume" in own, own
     assert "Traceback" not in own
+    assert losses(sharded) == pytest.approx(losses(whole), rel=1e-4)
+    assert sum("logprob_gap_mean" in row for row in utils.read_lines(sharded / "metrics.jsonl")) == 3        # below 1e-4
     for folder in (cut, two):
         assert json.loads((folder / "last" / "train_state.json").read_text())["step"] == 2
         train_distill.main([*ARGS, f"--out_dir={folder}", "--resume"])
         assert losses(folder) == pytest.approx(losses(whole), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_one_of_two_engines_cannot_load(tmp_path):
+    """With shards, which the other rank would stream alone: both end, at once, and the first error is told."""
+    script = tmp_path / "cannot.py"
+    script.write_text("import os, train_distill, utils\nplain = utils.VLLMEngine._load\ndef load(self, model):\n"
+                      "    plain(self, model)\n    1 / (os.environ['RANK'] == '0')\nutils.VLLMEngine._load = load\n"
+                      "utils.run(train_distill.main, '', train_distill.Config)\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script),
+                           *ARGS, "--eval_every=0", "--fsdp=True", f"--out_dir={tmp_path}/run"], capture_output=True, text=True,
+                          timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."})
+    own = done.stderr.split("torch/distributed/elastic")[0]
+    assert done.returncode == 1 and "ZeroDivisionError: division by zero; " in own and "Traceback" not in own, own
+    assert done.stderr.count("error: ") == 1 and "checkpoints before it are whole" in own
 
 
 @pytest.mark.parametrize("script, argv", [
