@@ -514,8 +514,7 @@ def main(argv):
                 vector_to_parameters(utils.all_reduce(parameters_to_vector(grads)), grads)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
             grad_norm = grad_norm.full_tensor() if sharded else grad_norm
-            totals = utils.all_reduce(totals)
-            loss, *sums = totals.tolist()
+            loss, *sums = utils.all_reduce(totals).tolist()
             if not torch.isfinite(grad_norm + totals[0]):
                 batch_file = os.path.join(cfg.out_dir, f"nonfinite_step_{step + 1:06d}_rank_{rank}.jsonl")
                 utils.write_lines(batch_file, [{"prompt_ids": p, "response_ids": r} for p, r in sequences], mode="w")

@@ -160,13 +160,13 @@ def init_processes(patience=7200.0):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local, visible = int(os.environ.get("LOCAL_RANK", 0)), os.environ.get("CUDA_VISIBLE_DEVICES")
     first, patience = world > 1 and not dist.is_initialized(), datetime.timedelta(seconds=patience)
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1" and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise UserError(f"--max-restarts={os.environ['TORCHELASTIC_MAX_RESTARTS']}: on several machines torchrun's agents "
+                        f"count restarts each for itself; leave it out, and give the same command again with --resume")
     if first:                                            # the store before all else: it knows which error was the first
         _store, _, _ = next(dist.rendezvous("env://", timeout=patience))
         # or processes that torchrun has started again may find the addresses of the dead
         _store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), _store)
-        if os.environ.get("GROUP_WORLD_SIZE", "1") != "1" and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-            raise UserError(f"--max-restarts={os.environ['TORCHELASTIC_MAX_RESTARTS']}: on several machines torchrun's agents "
-                            f"count restarts each for itself; leave it out, and give the same command again with --resume")
     if world > 1 and visible != "" and (visible is None or "," in visible):      # "": no GPU is wanted; one: it is set already
         # each process sees its own GPU only, as cuda:0, for vLLM in it takes the first it sees; before CUDA is touched
         os.environ["CUDA_VISIBLE_DEVICES"] = str(local) if visible is None else (visible.split(",") + ["-1"] * local)[local]
@@ -205,17 +205,13 @@ def catch_signals():
                 _signal[:] = number, time.monotonic()
 
     _signal[0] = 0
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is not _leave_it:
+    if threading.current_thread() is threading.main_thread() and "signals" not in {t.name for t in threading.enumerate()}:
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
-        signal.set_wakeup_fd(writing)                    # the number of each signal that has a handler
-        signal.signal(signal.SIGTERM, _leave_it)
-        signal.signal(signal.SIGINT, _leave_it)
-        threading.Thread(target=watch, daemon=True).start()
-
-
-def _leave_it(*_):
-    """To the thread."""
+        signal.set_wakeup_fd(writing)                    # gets the number of each signal that has a handler in Python
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        threading.Thread(target=watch, name="signals", daemon=True).start()
 
 
 def signal_received():
