@@ -249,7 +249,7 @@ def main(argv):
             state["looked"] &= step == start_step        # of the step before; here nothing has been looked at yet
             utils.end_by_signal(stop, save())
         engine.sync(student)
-        fresh = not (step == start_step and state["looked"])          # else a resumed run has evaluated and saved there
+        fresh = not (step == start_step and state["looked"])     # else a resumed run has evaluated and saved there
         state["looked"] = not fresh
         if fresh:
             is_best = False

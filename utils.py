@@ -552,8 +552,8 @@ def print_estimate(cfg, kind, device, student, writer, others, horizon, world, r
         print(f"  {name:<48} {seconds:8.3f} s")
     print(f"  {f'{cfg.max_steps} steps, {evaluations} evaluations':<48} "
           f"{(cfg.max_steps * sum(parts.values()) + evaluations * one) / 3600:8.3f} h")
-    print(f"  (measured: GEMM {speeds['flops'] / 1e12:.3g} TFLOP/s, memory {speeds['bytes'] / 1e9:.3g} GB/s, between ranks "
-          f"{speeds['link'] / 1e9:.3g} GB/s)")
+    link = f", between ranks {speeds['link'] / 1e9:.3g} GB/s" if world > 1 else ""
+    print(f"  (measured: GEMM {speeds['flops'] / 1e12:.3g} TFLOP/s, memory {speeds['bytes'] / 1e9:.3g} GB/s{link})")
 
 
 # ------------------------------------------------------------------------------------------------------------ rollouts
@@ -1543,8 +1543,10 @@ def _write_checkpoint(out_dir, model, tokenizer, weights, moments, state, keep, 
         os.replace(temporary, out_dir / name)
         shutil.rmtree(old, ignore_errors=True)
         _point(out_dir, links, name)
-    except Exception as error:                           # a tokenizer's "No space left on device" is a plain Exception
+    except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, OSError | safetensors.SafetensorError) and type(error) is not Exception:    # as tokenizers do
+            raise
         raise UserError(f"cannot save {out_dir / name}: {_first_line(error)}; checkpoints before it are whole: make room, then "
                         f"--resume") from error
     pointed = {os.readlink(out_dir / link) for link in ("last", "best", "stable") if (out_dir / link).is_symlink()}

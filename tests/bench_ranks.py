@@ -50,9 +50,11 @@ def measure():
                 found[case][0].append(seconds)
                 found[case][1].append((many - few) / 20)
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, fp32, 64 responses of at most 96 tokens a step\n")
-    print("| processes | fsdp | seconds a step | MB moved a step |\n|---|---|---|---|")
+    print("| processes | fsdp | seconds a step | x one process | MB moved a step |\n|---|---|---|---|---|")
     for (processes, fsdp), (seconds, moved) in found.items():
-        print(f"| {processes} | {fsdp} | {statistics.median(seconds):.3f} | {statistics.median(moved) / 1e6:.2f} |")
+        ratio = statistics.median(a / b for a, b in zip(seconds, found[1, False][0]))        # of the same round
+        print(f"| {processes} | {fsdp} | {statistics.median(seconds):.3f} | {ratio:.2f} | "
+              f"{statistics.median(moved) / 1e6:.1f} |")
     print(json.dumps({f"{n} {'fsdp' if fsdp else 'whole'}": value for (n, fsdp), value in found.items()}))
 
 
