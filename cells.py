@@ -82,7 +82,7 @@ def execute(jobs, work):
 
     def one(number, job):
         (script, folder, argv), started = job, time.time()
-        go_on = [] if script == "sample.py" else ["--resume"] if (folder / "last").exists() else ["--overwrite"]
+        go_on = [] if script == "sample.py" else ["--resume"]
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{folder}.log", "a") as log:
             try:                                         # held by the run itself, should this script be killed before it

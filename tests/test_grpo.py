@@ -243,16 +243,19 @@ def test_resume_is_exact(rl, tmp_path):
     ["--max_steps=3", "--prompts_per_step=1", "--group_size=5", "--kl_coef=0.1"],
     ["--max_steps=6", "--prompts_per_step=1", "--group_size=2", "--kl_coef=0.1", "--mask_truncated", "--max_new_tokens=40"]])
 def test_two_processes_are_one(rl, tmp_path, options):
-    """Responses are dealt, groups are not: the same rewards, losses and weights, with uneven shares or none in the loss."""
+    """
+    Responses are dealt, groups are not: the same rewards, losses and weights, with uneven shares or none in the loss. The last
+    step is made by one process, from what two have saved.
+    """
     one, a = rl(*options)
     assert "--mask_truncated" not in options or {0, 1} <= {row["masked"] for row in one}
     out = tmp_path / "two"
     finished = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29647", "rl_grpo.py",
-         "configs/toy_grpo.py", "--student=data/toy/student", *SHORT, f"--out_dir={out}", *options],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "rl_grpo.py",
+         "configs/toy_grpo.py", "--student=data/toy/student", *SHORT, f"--out_dir={out}", *options,
+         f"--max_steps={len(one) - 1}"], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert finished.returncode == 0, finished.stderr[-2000:]
-    two = utils.read_lines(out / "metrics.jsonl")
+    two, _ = rl(*options, "--resume", out=out)
     for x, y in zip(one, two, strict=True):
         for key in ("loss", "reward_mean", "student_entropy", "grad_norm", "kl_to_reference", "tflops", "mean_length"):
             assert x[key] == pytest.approx(y[key], rel=1e-4, abs=1e-6), key
