@@ -344,7 +344,8 @@ def check_tokenizers(a, b, whose, others):
 def load_model(path, dtype, device="cpu"):
     """A causal LM in eval mode (no dropout), in `dtype`. UserError when it is missing, damaged, or its head is not linear."""
     _check_model_path(path)
-    if (Path(path) / "manifest.json").is_file() and (why := damage(Path(path), "model*")):       # one of our checkpoints
+    ours = all((Path(path) / name).is_file() for name in ("manifest.json", "train_state.json"))          # a checkpoint
+    if ours and (why := damage(Path(path), "model*")):
         raise UserError(f"{path} is damaged ({why}): take another checkpoint; if you changed it yourself, delete its "
                         f"manifest.json")
     try:
