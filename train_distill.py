@@ -241,6 +241,7 @@ class Trajectories:
 def load_head(path, data):
     """The LM head (V, H_t) of `path`, without the rest. UserError where the hidden states in `data` are another model's."""
     made_by = data.settings["model"]
+    utils.check_weights(path)
     try:
         index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
         files = json.loads(Path(index).read_text())["weight_map"] if index else {}
@@ -263,8 +264,7 @@ def load_head(path, data):
 def shard(model, device, dtype):
     """
     FSDP2: a rank keeps its part of every tensor and gathers a layer, in `dtype`, only while it runs. What is no layer, that is
-    embedding, final norm and LM head, is one group: embedding and head may be one tensor. Gradients, in `dtype` for a
-    micro-batch, are summed in fp32.
+    embedding, norm and head, is one group: two may be one tensor. Gradients, in `dtype` for a micro-batch, are summed in fp32.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for module in [*model.base_model.layers, model]:

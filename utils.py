@@ -160,9 +160,6 @@ def init_processes(patience=7200.0):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local, visible = int(os.environ.get("LOCAL_RANK", 0)), os.environ.get("CUDA_VISIBLE_DEVICES")
     first, patience = world > 1 and not dist.is_initialized(), datetime.timedelta(seconds=patience)
-    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1" and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-        raise UserError(f"--max-restarts={os.environ['TORCHELASTIC_MAX_RESTARTS']}: on several machines torchrun's agents "
-                        f"count restarts each for itself; leave it out, and give the same command again with --resume")
     if first:                                            # the store before all else: it knows which error was the first
         _store, _, _ = next(dist.rendezvous("env://", timeout=patience))
         # or processes that torchrun has started again may find the addresses of the dead
@@ -199,18 +196,26 @@ def catch_signals():
     """
     def watch():
         while number := os.read(reading, 1)[0]:
+            if number not in stops:
+                continue
             if _signal[0] and time.monotonic() > _signal[1] + 1:
                 os._exit(128 + number)
             if not _signal[0]:
                 _signal[:] = number, time.monotonic()
 
-    _signal[0] = 0
+    def in_fork():                                       # it has the pipe too, and no thread
+        signal.set_wakeup_fd(-1)
+        for number in stops:
+            signal.signal(number, signal.SIG_DFL)
+
+    _signal[0], stops = 0, (signal.SIGTERM, signal.SIGINT)
     if threading.current_thread() is threading.main_thread() and "signals" not in {t.name for t in threading.enumerate()}:
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing)                    # gets the number of each signal that has a handler in Python
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stops:
             signal.signal(number, lambda *_: None)
+        os.register_at_fork(after_in_child=in_fork)
         threading.Thread(target=watch, name="signals", daemon=True).start()
 
 
@@ -344,10 +349,7 @@ def check_tokenizers(a, b, whose, others):
 def load_model(path, dtype, device="cpu"):
     """A causal LM in eval mode (no dropout), in `dtype`. UserError when it is missing, damaged, or its head is not linear."""
     _check_model_path(path)
-    ours = all((Path(path) / name).is_file() for name in ("manifest.json", "train_state.json"))          # a checkpoint
-    if ours and (why := damage(Path(path), "model*")):
-        raise UserError(f"{path} is damaged ({why}): take another checkpoint; if you changed it yourself, delete its "
-                        f"manifest.json")
+    check_weights(path)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
@@ -356,6 +358,14 @@ def load_model(path, dtype, device="cpu"):
         raise UserError(f"{path}: the checkpoint lacks {sorted(info['missing_keys'])[0]}; its weights would be random")
     check_head(model, path)
     return model.to(device).eval()
+
+
+def check_weights(path):
+    """UserError where `path` is a checkpoint of ours whose weights are not what was saved."""
+    ours = all((Path(path) / name).is_file() for name in ("manifest.json", "train_state.json"))
+    if ours and (why := damage(Path(path), "model*")):
+        raise UserError(f"{path} is damaged ({why}): take another checkpoint; if you changed it yourself, delete its "
+                        f"manifest.json")
 
 
 def check_head(model, name):
@@ -935,7 +945,7 @@ def agree(rescue, work, *args):
     if all_reduce(torch.tensor(float(error is not None)), dist.ReduceOp.MAX).item():
         try:
             saved = rescue() if rescue else "checkpoints before it are whole"
-        except (RuntimeError, OSError) as failure:       # a GPU that hangs or failed gives nothing back
+        except (RuntimeError, OSError, UserError) as failure:    # a GPU that hangs or failed gives nothing back
             saved = f"this step could not be saved ({_first_line(failure)}), checkpoints before it are whole"
         all_reduce(torch.zeros(1))                       # on the CPU; torchrun kills all when the first ends
         if error is None or not error.args:
@@ -1407,8 +1417,9 @@ def open_run(cfg, origin, state, rank, world):
         with open(os.path.join(cfg.out_dir, "run_config.json"), "w") as file:
             json.dump(dataclasses.asdict(cfg), file, indent=1)
         done = read_lines(metrics_file) if os.path.exists(metrics_file) else []
+        decided = state.get("closed") or state.get("rung_began") == state["step"]        # the gate at that step
         kept = [row for row in done if row["step"] < state["step"] or row["step"] == state["step"] and (
-            "loss" in row or state["looked"])]           # else that step's evaluation is to come again
+            "loss" in row or state["looked"] or "gate" in row and decided)]      # else its evaluation is to come again
         write_lines(metrics_file, kept, mode="w")
     return metrics_file
 
@@ -1483,9 +1494,13 @@ def prepare_out_dir(out_dir, resume, overwrite, inputs=()):
     if not dist.is_initialized() or dist.get_rank() == 0:
         if resume and overwrite:
             raise UserError("--resume and --overwrite exclude each other: go on with the run, or throw it away")
-        if overwrite and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-            raise UserError(f"--overwrite with torchrun's --max-restarts would delete the run at each restart: delete "
-                            f"{out_dir} yourself, and give --resume, which begins where there is nothing to go on from")
+        if (restarts := os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) != "0":
+            if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+                raise UserError(f"--max-restarts={restarts}: on several machines torchrun's agents count restarts each for "
+                                f"itself; leave it out, and give the same command again with --resume")
+            if not resume:
+                raise UserError(f"--max-restarts={restarts} needs --resume, or a restart would find that {out_dir} exists, or "
+                                f"delete it; --resume begins where there is nothing to go on from")
         if path.exists() and not path.is_dir():
             raise UserError(f"out_dir={str(path)!r} is a file; choose another name")
         if path.is_dir() and any(path.iterdir()):
@@ -1534,7 +1549,8 @@ def _write_checkpoint(out_dir, model, tokenizer, weights, moments, state, keep, 
         save_file({f"{name_}/{key}": value.contiguous() for name_, values in moments.get("state", {}).items()
                    for key, value in values.items()}, temporary / "optimizer.safetensors")
         (temporary / "train_state.json").write_text(json.dumps(state | {"links": links}, indent=1))
-        (temporary / "manifest.json").write_text(json.dumps({"sha256": _digests(temporary)}, indent=1))
+        digests = {str(path.relative_to(temporary)): _digest(path) for path in sorted(temporary.rglob("*")) if path.is_file()}
+        (temporary / "manifest.json").write_text(json.dumps({"sha256": digests}, indent=1))
         for path in [*temporary.rglob("*"), temporary]:  # a disk that is full, or a network, may say so only now
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
@@ -1563,23 +1579,21 @@ def _point(out_dir, links, name):
         os.replace(out_dir / f".{link}.tmp", out_dir / link)
 
 
-def _digests(folder, pattern="*"):
-    digests = {}
-    for path in sorted(path for path in folder.rglob(pattern) if path.is_file()):
-        with open(path, "rb") as file:
-            digests[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+def _digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def damage(checkpoint, pattern="*"):
     """What is wrong with the files of a checkpoint that match, by its manifest; "" where they are whole."""
     try:
-        promised = json.loads((checkpoint / "manifest.json").read_text())["sha256"]
-        found = _digests(checkpoint, pattern)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for name, digest in json.loads((checkpoint / "manifest.json").read_text())["sha256"].items():
+            path = checkpoint / name
+            if path.match(pattern) and not (path.is_file() and _digest(path) == digest):
+                return f"{name} is not what was saved"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json: {_first_line(error)}"
-    wrong = [name for name, digest in promised.items() if Path(name).match(pattern) and found.get(name) != digest]
-    return f"{wrong[0]} is not what was saved" if wrong else ""
+    return ""
 
 
 def newest_checkpoint(out_dir):

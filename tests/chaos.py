@@ -238,6 +238,7 @@ def slow():
     def late(*args):
         calls.append(1)
         if len(calls) == 5:                              # as in a collective: Python's signal handlers do not run there
+            print("it hangs", flush=True)
             with contextlib.suppress(RuntimeError):
                 torch.distributed.HashStore().wait(["never"], datetime.timedelta(seconds=4))
         return plain(*args)
@@ -257,12 +258,13 @@ def signals(trials):
                     [why, wrong, "exit code" * (process.exitcode != 128 + number)], allowed=0)
     out = trials.folder()
     process = start(out, before=slow)
-    wait_for(lambda: len(steps_in(out)) >= 4)
+    wait_for(lambda: "it hangs" in Path(f"{out}.log").read_text() if Path(f"{out}.log").exists() else False)
     process.terminate()
     time.sleep(1.1)
     process.terminate()
     process.join(0.5)                                    # a step takes longer
     why = "" if process.exitcode == 128 + signal.SIGTERM else f"exit code {process.exitcode}"
+    why += "; it was saved" * ("is saved" in Path(f"{out}.log").read_text())
     process.kill()
     steps, wrong = trials.resume(out)
     trials.line("a second SIGTERM, in the same step", [steps], [why, wrong])

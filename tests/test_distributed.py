@@ -228,9 +228,24 @@ def test_folder_that_is_not_shared(tmp_path, monkeypatch):
     assert "error: run/step_000001 is not on this machine: all of them need the same out_dir\n" in done.stderr
 
 
-def test_several_machines_do_not_restart(monkeypatch):
-    for key, value in {"WORLD_SIZE": "2", "RANK": "0", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3",
-                       "MASTER_ADDR": "localhost", "MASTER_PORT": "29672"}.items():
-        monkeypatch.setenv(key, value)
+def test_several_machines_do_not_restart(tmp_path, monkeypatch):
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(utils.UserError, match="--max-restarts=3: on several machines .* give the same command again with"):
-        utils.init_processes(5)
+        utils.prepare_out_dir(tmp_path, True, False)
+
+
+def test_a_fork_does_not_signal_its_parent():
+    """A worker that is terminated dies, and the run goes on; SIGALRM stops nothing."""
+    done = subprocess.run([sys.executable, "-c", """if True:
+        import multiprocessing, os, signal, time, utils
+        utils.catch_signals()
+        signal.signal(signal.SIGALRM, lambda *_: None)
+        os.kill(os.getpid(), signal.SIGALRM)
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        time.sleep(0.2)
+        child.terminate()
+        child.join()
+        print(child.exitcode, utils.signal_received())"""], capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{-signal.SIGTERM} 0\n", done
