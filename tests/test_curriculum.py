@@ -198,9 +198,10 @@ def test_rows_of_the_step_that_is_resumed(tmp_path, looked, closed, kept):
     rows = [{"step": 3, "loss": 1.0}, {"step": 4, "loss": 1.0}, {"step": 4, "model": "gate", "gate": "closed"},
             {"step": 4, "model": "student", "entropy": 1.0}, {"step": 5, "loss": 1.0}]
     utils.write_lines(tmp_path / "metrics.jsonl", rows)
-    state = {"step": 4, "looked": looked, "closed": closed, "rung_began": 2}
+    state = {"step": 4, "looked": looked, "closed": closed, "rung_began": 2, "links": ["best", "last"]}
     utils.open_run(train_distill.Config(out_dir=str(tmp_path)), {"out_dir": "here"}, state, 0, 1)
     assert utils.read_lines(tmp_path / "metrics.jsonl") == rows[:kept]
+    assert os.readlink(tmp_path / "best") == os.readlink(tmp_path / "last") == "step_000004"     # killed before they were made
 
 
 def test_planted_collapse_closes_the_gate(train, tmp_path):
