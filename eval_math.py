@@ -34,9 +34,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import utils
-from utils import Sampling, UserError
+from engine import Sampling, choose_engine, make_engine
+from grade import respond, summarise
+from utils import UserError
 
-# benchmark: (file made by data/math.py, problems in it, responses to each in the paper)
+# benchmark: (file made by data/benchmarks.py, problems in it, responses to each in the paper)
 BENCHMARKS = {
     "gsm8k": ("data/gsm8k.jsonl", 1319, 3), "math500": ("data/math500.jsonl", 500, 3), "math": ("data/math.jsonl", 5000, 3),
     "amc23": ("data/amc23.jsonl", 40, 5), "aime24": ("data/aime24.jsonl", 30, 5)}
@@ -91,12 +93,12 @@ def load_benchmarks(cfg):
     for name in filter(None, cfg.benchmarks.split(",")):
         path, count, samples = BENCHMARKS.get(name, (name, None, 3))
         if not Path(path).is_file():
-            remedy = f"make it with `python data/math.py {name}`" if count else \
+            remedy = f"make it with `python data/benchmarks.py {name}`" if count else \
                 f"there are {', '.join(BENCHMARKS)}, or give a JSONL file"
             raise UserError(f"no benchmark {path}: {remedy}")
         problems = utils.load_problems(path)
         if count and len(problems) != count:
-            raise UserError(f"{path} has {len(problems)} problems, {name} {count}; make it anew: python data/math.py {name}")
+            raise UserError(f"{path} has {len(problems)} problems, {name} {count}; make it: python data/benchmarks.py {name}")
         if without := [i for i, problem in enumerate(problems, 1) if not problem["answer"]]:
             raise UserError(f"{path}: problem {without[0]} has no answer to compare with")
         if Path(path).stem in found:
@@ -142,8 +144,8 @@ def interval(values, resamples, seed):
 
 
 def numbers(records, resamples, seed):
-    """utils.summarise, and an interval for Avg@k."""
-    row, graded = utils.summarise(records), counts(records).values()
+    """summarise, and an interval for Avg@k."""
+    row, graded = summarise(records), counts(records).values()
     return row | {"avg_interval": interval([c / n for n, c in graded], resamples, seed) if graded else None}
 
 
@@ -267,8 +269,8 @@ def main(argv):
     prompts = {name: utils.usable_prompts(name, problems, tokenizer, cfg.max_new_tokens, positions, vocab_size, chief)
                for name, (problems, _) in benchmarks.items()}
     longest = max(len(ids) for some in prompts.values() for ids in some.values()) + cfg.max_new_tokens
-    kind = utils.choose_engine(cfg.engine, device, chief)
-    engine = utils.make_engine(kind, cfg, model, dtype, vocab_size, longest, sleeps=False)
+    kind = choose_engine(cfg.engine, device, chief)
+    engine = make_engine(kind, cfg, model, dtype, vocab_size, longest, sleeps=False)
 
     # 2. what is done already: lines of samples*.jsonl, with the same settings
     settings = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in MAY_CHANGE}
@@ -311,7 +313,7 @@ def main(argv):
         with tqdm(total=len(todo), desc=name, unit=" responses", disable=not (chief and todo), mininterval=1) as bar:
             for first in range(0, len(todo), cfg.window):
                 pairs = todo[first:first + cfg.window]
-                records = utils.respond(engine, model, tokenizer, problems, prompts[name], pairs, sampling, cfg.seed,
+                records = respond(engine, model, tokenizer, problems, prompts[name], pairs, sampling, cfg.seed,
                                         cfg.max_tokens_per_microbatch, dtype)
                 utils.write_lines(mine, [{"benchmark": name, **record} for record in records])
                 bar.update(len(pairs))

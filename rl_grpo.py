@@ -37,8 +37,10 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 import utils
+from engine import Sampling, agree, check_logprobs, choose_engine, make_engine
+from grade import evaluate, grade_all
 from kernels import linear_logp
-from utils import Sampling, Timer, UserError
+from utils import Timer, UserError
 
 
 @dataclasses.dataclass
@@ -195,7 +197,7 @@ def main(argv):
     # models: fp32 masters for both: in another dtype the same weights would be 0.01 nats apart at the start
     dtype = getattr(torch, cfg.dtype)
     tokenizer = utils.load_tokenizer(cfg.student)
-    kind = utils.choose_engine(cfg.engine, device, chief)
+    kind = choose_engine(cfg.engine, device, chief)
     utils.print_estimate(cfg, kind, device, cfg.student, cfg.student, {"reference, fp32": (cfg.reference or cfg.student, 4)},
                          cfg.max_new_tokens, world, cfg.prompts_per_step * cfg.group_size)
     student = utils.load_model(checkpoint or cfg.student, torch.float32, device)
@@ -227,7 +229,7 @@ def main(argv):
     eval_sampling = Sampling(cfg.eval_max_new_tokens, tuple(stops), cfg.eval_temperature, cfg.eval_top_p, 0, vocab_size)
     longest = max(map(len, [*prompts, *(eval_prompts if cfg.eval_every else [])])) + max(cfg.max_new_tokens,
                                                                                          cfg.eval_max_new_tokens)
-    engine = utils.make_engine(kind, cfg, student, dtype, vocab_size, longest)
+    engine = make_engine(kind, cfg, student, dtype, vocab_size, longest)
 
     parameters = list(student.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
@@ -254,7 +256,7 @@ def main(argv):
         if fresh:
             is_best = False
             if cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.max_steps):
-                metrics, records = utils.evaluate(engine, student, tokenizer, eval_problems, eval_prompts, eval_sampling,
+                metrics, records = evaluate(engine, student, tokenizer, eval_problems, eval_prompts, eval_sampling,
                                                   cfg.eval_samples, cfg.seed, cfg.max_tokens_per_microbatch, rank, world, dtype,
                                                   save)
                 utils.log_evaluation(cfg.out_dir, step, "student", metrics, records, chief)
@@ -273,15 +275,15 @@ def main(argv):
         slots = list(range(cfg.prompts_per_step * cfg.group_size))[rank::world]        # prompt, response = divmod(slot, G)
         asked = [order[slot // cfg.group_size] for slot in slots]
         seeds = [utils.derive_seed(cfg.seed, "train", step, slot) for slot in slots]
-        rollouts, gaps = utils.agree(save, engine.generate, [prompts[i] for i in asked], sampling, seeds), {}
+        rollouts, gaps = agree(save, engine.generate, [prompts[i] for i in asked], sampling, seeds), {}
         if step == start_step or step % cfg.check_sync_every == 0:
-            gaps = utils.check_logprobs(engine, student, [prompts[i] for i in asked], rollouts, vocab_size, dtype,
+            gaps = check_logprobs(engine, student, [prompts[i] for i in asked], rollouts, vocab_size, dtype,
                                         cfg.max_tokens_per_microbatch)
         timer.lap("rollout")
 
         # 2. rewards, shared with all ranks; advantages within the groups
         texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens, _, _ in rollouts]
-        verdicts = utils.grade_all([(text, golds[i]) for text, i in zip(texts, asked)])
+        verdicts = grade_all([(text, golds[i]) for text, i in zip(texts, asked)])
         shared = torch.zeros(3, cfg.prompts_per_step * cfg.group_size, dtype=torch.float64)  # right, ungraded, cut
         for slot, (verdict, _), (_, _, reason) in zip(slots, verdicts, rollouts):
             shared[:, slot] = torch.tensor([float(verdict is True), float(verdict is None), float(reason == "length")])

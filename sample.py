@@ -25,24 +25,21 @@ The paper samples with top_p 0.95 and top_k 20; the defaults here are 1 and 0, i
 """
 
 import dataclasses
-import json
-import os
 import shutil
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
+import trajectories
 import utils
-from utils import Sampling, UserError
+from engine import Sampling, check_logprobs, choose_engine, make_engine
+from utils import UserError
 
 
 @dataclasses.dataclass
@@ -84,7 +81,6 @@ class Config:
 MAY_CHANGE = ("model", "student", "prompts", "num_prompts", "samples_per_prompt", "engine", "rollout_rows",
               "kv_cache_gb", "rollout_timeout", "max_logprob_gap", "shard_bytes",
               "shard_sequences", "max_tokens_per_microbatch", "expected_length", "out_dir", "overwrite", "prompt", "chat")
-SHARDS = "[0-9][0-9][0-9]_[0-9][0-9][0-9][0-9][0-9]"     # their names, before the suffix
 
 
 def validate(cfg):
@@ -154,59 +150,6 @@ def talk(engine, tokenizer, sampling, seed, positions):
             messages = messages[:-1]
 
 
-# --------------------------------------------------------------------------------------------------------------- shards
-
-def finished(out_dir, settings):
-    """{(prompt index, sample)} of all shards in out_dir. UserError where one is damaged, or was made with other settings."""
-    done = set()
-    for path in sorted(Path(out_dir).glob(f"{SHARDS}.safetensors")):
-        try:
-            with safe_open(path, "pt") as shard:
-                made_with = json.loads(shard.metadata()["settings"])
-                ids = list(zip(shard.get_tensor("prompt_index").tolist(), shard.get_tensor("sample").tolist()))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is damaged ({error}); delete it and start again: what it held is sampled again") from error
-        for key, value in settings.items():
-            if made_with.get(key) != value:
-                raise UserError(f"{path} was made with {key}={made_with.get(key)!r}, not {value!r}; choose another out_dir, or "
-                                f"--overwrite")
-        done |= set(ids)
-    return done
-
-
-def write_shard(path, rows, hidden, metadata, records):
-    """
-    rows: (prompt index, sample, prompt ids, response ids, logps, stop reason); hidden: one (n, H_t) a row, or None. The JSON
-    lines first, then the shard under its name at once: a shard is whole or is not there.
-    """
-    tensors = {
-        "tokens": torch.cat([torch.tensor([*row[2], *row[3].tolist()], dtype=torch.int32) for row in rows]),
-        "offsets": torch.tensor([0] + [len(row[2]) + len(row[3]) for row in rows]).cumsum(0),
-        "prompt_lengths": torch.tensor([len(row[2]) for row in rows], dtype=torch.int32),
-        "logps": torch.cat([row[4] for row in rows]),
-        "stopped": torch.tensor([row[5] == "stop" for row in rows], dtype=torch.uint8),
-        "prompt_index": torch.tensor([row[0] for row in rows], dtype=torch.int32),
-        "sample": torch.tensor([row[1] for row in rows], dtype=torch.int32)}
-    if hidden:
-        tensors["hidden_crc"] = torch.tensor([zlib.crc32(h.view(torch.uint8).numpy()) for h in hidden])
-    metadata = {**metadata, "checksum": utils.fingerprint(tensors)}
-    if hidden:
-        tensors["hidden"] = torch.cat(hidden)
-    temporary, jsonl = f"{path}.tmp", path.with_suffix(".jsonl")
-    try:
-        utils.write_lines(jsonl, records, mode="w")
-        save_file(tensors, temporary, {key: value if isinstance(value, str) else json.dumps(value) for key, value in
-                                       metadata.items()})
-        with open(temporary) as file:
-            os.fsync(file.fileno())                      # a network disk may say only now that it is full
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        for leftover in (temporary, jsonl, f"{jsonl}.tmp"):
-            Path(leftover).unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error}; the shards before it are whole: make room and start again with the "
-                        f"same command") from error
-
-
 def main(argv):
     cfg, origin = utils.load_config(Config, argv)
     validate(cfg)
@@ -231,8 +174,8 @@ def main(argv):
     usable = {} if terminal else utils.usable_prompts(cfg.prompts, problems[:cfg.num_prompts], tokenizer, cfg.max_new_tokens,
                                                       positions, vocab_size, chief)
     longest = positions if terminal else max(map(len, usable.values())) + cfg.max_new_tokens
-    kind = utils.choose_engine(cfg.engine, device, chief and not terminal)
-    engine = utils.make_engine(kind, cfg, model, dtype, vocab_size, longest, sleeps=False)
+    kind = choose_engine(cfg.engine, device, chief and not terminal)
+    engine = make_engine(kind, cfg, model, dtype, vocab_size, longest, sleeps=False)
     if cfg.prompt is not None:
         return answer(engine, tokenizer, [{"role": "user", "content": cfg.prompt}], sampling, cfg.seed, positions)
     if cfg.chat:
@@ -246,7 +189,7 @@ def main(argv):
                  "tokenizer": utils.fingerprint({**tokenizer.get_vocab(), "chat_template": tokenizer.chat_template}),
                  "problems": utils.fingerprint(dict(enumerate(p["problem"] for p in problems))),
                  "stop_ids": stops, "vocab_size": vocab_size, "hidden_size": model.config.hidden_size}
-    done = set() if cfg.overwrite else finished(out_dir, settings)
+    done = set() if cfg.overwrite else trajectories.finished(out_dir, settings)
     todo = [(i, j) for i in usable for j in range(cfg.samples_per_prompt) if (i, j) not in done]
     hidden_bytes = model.config.hidden_size * getattr(torch, cfg.hidden_dtype).itemsize if cfg.cache_hidden else 0
     size = len(todo) * (cfg.expected_length or cfg.max_new_tokens) * (8 + hidden_bytes)
@@ -264,7 +207,7 @@ def main(argv):
         dist.barrier()                                   # every rank has listed the shards
     out_dir.mkdir(parents=True, exist_ok=True)
     if chief:                                            # what a kill left behind, or with --overwrite all of it
-        for path in out_dir.glob(f"{SHARDS}.*"):
+        for path in out_dir.glob(f"{trajectories.SHARDS}.*"):
             if cfg.overwrite or not path.with_suffix(".safetensors").exists() or path.suffix == ".tmp":
                 path.unlink()
         tokenizer.save_pretrained(out_dir / "tokenizer")
@@ -294,13 +237,13 @@ def main(argv):
                     "response": tokenizer.decode(response, skip_special_tokens=True), "length": len(response),
                     "stop": tokenizer.decode(response[-1:]) if reason == "stop" else reason}
                    for i, j, _, response, _, reason in rows]
-        write_shard(path, rows, hidden, metadata, records)
+        trajectories.write_shard(path, rows, hidden, metadata, records)
         rows, held = [], 0
 
     # are the engine's log-probs the model's? Ranks also load vLLM together here, those that have nothing to do too
     probe = [usable[i] for i, _ in mine[:8]]
     short = dataclasses.replace(sampling, max_new_tokens=min(64, cfg.max_new_tokens))
-    utils.check_logprobs(engine, model, probe, engine.generate(probe, short, range(len(probe))), vocab_size, dtype,
+    check_logprobs(engine, model, probe, engine.generate(probe, short, range(len(probe))), vocab_size, dtype,
                          cfg.max_tokens_per_microbatch)
     window = 16 * cfg.rollout_rows
     for first in range(0, len(mine), window):

@@ -34,26 +34,25 @@ Where the paper (arXiv 2605.16826) is silent or contradicts itself, we
 
 import dataclasses
 import functools
-import json
 import math
 import os
-import zlib
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint as checkpointed
-from transformers.utils import cached_file
 
+import trajectories
 import utils
+from engine import Sampling, agree, check_logprobs, choose_engine, make_engine
+from grade import evaluate
 from kernels import linear_kl, linear_logp
-from utils import Sampling, Timer, UserError
+from utils import Timer, UserError
 
 
 @dataclasses.dataclass
@@ -169,98 +168,6 @@ def gate(entropies, floor, unit):
     return min(entropies) >= h_min, h_min
 
 
-class Trajectories:
-    """
-    The shards of sample.py (its header has the format), memory-mapped: self[i] = (prompt ids, response ids, ended by itself,
-    hidden states (n, H_t) or None), in the order of prompts and samples however they are spread over shards.
-    """
-
-    def __init__(self, folder, want_hidden):
-        self.folder, self.shards, self.rows = Path(folder), [], []
-        for path in sorted(self.folder.glob("[0-9]*_[0-9]*.safetensors")):
-            try:
-                shard = safe_open(path, "pt")
-                small = {key: shard.get_tensor(key) for key in shard.keys() if key != "hidden"}
-                settings = json.loads(shard.metadata()["settings"])
-                if shard.metadata()["checksum"] != utils.fingerprint(small):
-                    raise ValueError("its checksum is wrong")
-                ids = zip(small["prompt_index"].tolist(), small["sample"].tolist())
-                small["prompt_ends"] = small["offsets"][:-1] + small["prompt_lengths"]
-                small["hidden_begins"] = small["offsets"][:-1] - small["prompt_lengths"].cumsum(0) + small["prompt_lengths"]
-            except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-                raise self.damaged(path, error) from error
-            for key, value in (self.settings if self.shards else settings).items():
-                if settings.get(key) != value:
-                    raise UserError(f"{path} was made with {key}={settings.get(key)!r}, shards before it with {value!r}; keep "
-                                    f"one kind in {folder}")
-            self.settings = settings
-            filled = (small["offsets"][1:] > small["prompt_ends"]).tolist()      # an empty response teaches nothing
-            self.rows += [(key, len(self.shards), row) for row, key in enumerate(ids) if filled[row]]
-            self.shards.append((path, shard, small))
-        if not self.rows:
-            raise UserError(f"no trajectories in {folder}: write them first: python sample.py configs/toy_sample.py "
-                            f"--out_dir={folder}")
-        self.rows.sort()
-        if len({key for key, _, _ in self.rows}) < len(self.rows):
-            raise UserError(f"{folder} holds some sequences twice; keep the shards of one run of sample.py")
-        self.cached = self.settings["cache_hidden"] and want_hidden
-
-    @staticmethod
-    def damaged(path, error):
-        return UserError(f"{path} is damaged ({str(error).splitlines()[0]}); delete it and run sample.py again with its "
-                         f"command: what it held is sampled again")
-
-    def check(self, horizon, positions, vocab_size):
-        """UserError where a sequence does not fit these models."""
-        for path, _, small in self.shards:
-            begins, ends, prompt_ends = small["offsets"][:-1], small["offsets"][1:], small["prompt_ends"]
-            longest = (torch.minimum(ends, prompt_ends + horizon) - begins).max().item()
-            if longest > positions:
-                raise UserError(f"{path} has sequences of {longest} tokens, which pass max_position_embeddings={positions}; "
-                                f"lower max_new_tokens or horizons")
-            if (largest := small["tokens"].max().item()) >= vocab_size:
-                raise UserError(f"{path} holds id {largest}, the smaller vocabulary ends at {vocab_size - 1}: choose models of "
-                                f"one family, or sample with --student, which leaves such ids out")
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        _, number, row = self.rows[i]
-        path, shard, small = self.shards[number]
-        (begin, end), middle = small["offsets"][row:row + 2].tolist(), small["prompt_ends"][row].item()
-        tokens, hidden = small["tokens"][begin:end].tolist(), None
-        if self.cached:
-            first = small["hidden_begins"][row].item()                           # hidden has rows for response tokens only
-            hidden = shard.get_slice("hidden")[first:first + end - middle]
-            if zlib.crc32(hidden.contiguous().view(torch.uint8).numpy()) != small["hidden_crc"][row]:
-                raise self.damaged(path, "the hidden states' checksum is wrong")
-        return tokens[:middle - begin], tokens[middle - begin:], bool(small["stopped"][row]), hidden
-
-
-def load_head(path, data):
-    """The LM head (V, H_t) of `path`, without the rest. UserError where the hidden states in `data` are another model's."""
-    made_by = data.settings["model"]
-    utils.check_weights(path)
-    try:
-        index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-        files = json.loads(Path(index).read_text())["weight_map"] if index else {}
-        tied = utils.load_model_config(path).tie_word_embeddings
-        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
-        with safe_open(cached_file(path, files.get(name, "model.safetensors")), "pt") as weights:
-            head = weights.get_tensor(name)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot read its LM head: {str(error).splitlines()[0]}") from error
-    if head.shape[1] != data.settings["hidden_size"]:
-        raise UserError(f"{data.folder} holds hidden states of {made_by}, of size {data.settings['hidden_size']}, the LM head "
-                        f"of {path} takes {head.shape[1]}; set teacher={made_by!r}")
-    ours, theirs = utils.model_revision(path), data.settings["revision"]
-    if ours != theirs and len(ours) == len(theirs):      # a hub's commit and a folder's fingerprint cannot be compared
-        raise UserError(f"{data.folder} holds hidden states of {made_by}, revision {theirs}; {path} is {ours}; set teacher to "
-                        f"that one, or sample again")
-    return head
-
-
 def shard(model, device, dtype):
     """
     FSDP2: a rank keeps its part of every tensor and gathers a layer, in `dtype`, only while it runs. What is no layer, that is
@@ -297,7 +204,7 @@ def main(argv):
                             f"that one, or start a new run from its weights with --student={checkpoint}")
         if cfg.max_steps < state["step"]:
             raise UserError(f"max_steps={cfg.max_steps}: {checkpoint} is at step {state['step']} already; raise max_steps")
-    data = Trajectories(cfg.trajectories, want_hidden=cfg.teacher is not None) if cfg.trajectories else None
+    data = trajectories.Trajectories(cfg.trajectories, want_hidden=cfg.teacher is not None) if cfg.trajectories else None
     if data and state.setdefault("trajectories", len(data)) != len(data):
         raise UserError(f"{cfg.trajectories} holds {len(data)} sequences, {state['trajectories']} when {checkpoint} was "
                         f"written: their order would change; start a new run from its weights with --student={checkpoint}")
@@ -312,7 +219,7 @@ def main(argv):
         if path is not None:                             # its chat template makes the prompts, and goes into the checkpoints
             utils.check_tokenizers(tokenizer, template := utils.load_tokenizer(path), "the student", "the teacher")
             tokenizer.chat_template = template.chat_template
-    kind = utils.choose_engine(cfg.engine, device, chief)
+    kind = choose_engine(cfg.engine, device, chief)
     utils.print_estimate(cfg, kind, device, cfg.student, (cfg.prefix == "teacher" and cfg.teacher) or cfg.student,
                          {"teacher": (None if data and data.cached else cfg.teacher, dtype.itemsize)}, ladder[-1], world,
                          cfg.batch_size)
@@ -323,7 +230,7 @@ def main(argv):
     if cfg.teacher and data and data.cached:
         if cfg.eval_teacher:
             raise UserError("eval_teacher=True: beside cached hidden states only the teacher's LM head is loaded; set it False")
-        head_p = load_head(cfg.teacher, data).to(device, dtype)
+        head_p = trajectories.load_head(cfg.teacher, data).to(device, dtype)
     elif cfg.teacher:
         teacher = utils.load_model(cfg.teacher, dtype, host).requires_grad_(False)
         head_p = teacher.get_output_embeddings().weight
@@ -363,8 +270,8 @@ def main(argv):
     longest = max(map(len, [*([] if data else prompts), *(p for _, some in (eval_set, gate_set) for p in some)]), default=0)
     longest += max(ladder[-1], cfg.eval_max_new_tokens)
     writes = teacher is not None and data is None and cfg.prefix == "teacher"    # then it has vLLM: of two, none could sleep
-    student_engine = utils.make_engine("hf" if writes else kind, cfg, student, dtype, vocab_size, longest)
-    teacher_engine = teacher and utils.make_engine(kind if writes else "hf", cfg, teacher, dtype, vocab_size, longest)
+    student_engine = make_engine("hf" if writes else kind, cfg, student, dtype, vocab_size, longest)
+    teacher_engine = teacher and make_engine(kind if writes else "hf", cfg, teacher, dtype, vocab_size, longest)
     writer, writer_engine = (student, student_engine) if cfg.prefix == "student" else (teacher, teacher_engine)
 
     parameters = list(student.parameters())
@@ -387,13 +294,13 @@ def main(argv):
 
     rescue = None if sharded else save                   # beside a failed engine: shards could not be gathered any more
 
-    def evaluate(engine, model, held_out, how, samples):
-        return utils.evaluate(engine, model, template, *held_out, how, samples, cfg.seed, cfg.max_tokens_per_microbatch, rank,
+    def ask(engine, model, held_out, how, samples):
+        return evaluate(engine, model, template, *held_out, how, samples, cfg.seed, cfg.max_tokens_per_microbatch, rank,
                               world, dtype, rescue)
 
     def measure(engine, model, name, stops):
         how = dataclasses.replace(eval_sampling, stop_ids=tuple(stops))
-        metrics, records = evaluate(engine, model, eval_set, how, cfg.eval_samples)
+        metrics, records = ask(engine, model, eval_set, how, cfg.eval_samples)
         utils.log_evaluation(cfg.out_dir, step, name, metrics, records, chief)
         return metrics
 
@@ -410,7 +317,7 @@ def main(argv):
         looks = fresh and not state["closed"] and rung + 1 < len(ladder) and step >= state["rung_began"] + cfg.steps_per_horizon
         if looks:                                        # the curriculum: one look at the gate, at the end of a rung
             how = Sampling(ladder[rung], tuple(student_stops), 1.0, cfg.top_p, cfg.top_k, vocab_size)
-            seen, records = evaluate(student_engine, student, gate_set, how, 1)
+            seen, records = ask(student_engine, student, gate_set, how, 1)
             state["entropies"].append(seen["entropy"])
             opens, h_min = gate(state["entropies"], cfg.entropy_floor, cfg.floor_unit)
             if opens:
@@ -462,9 +369,9 @@ def main(argv):
             sampling = Sampling(horizon, stops, cfg.temperature, cfg.top_p, cfg.top_k, vocab_size)
             seeds = [utils.derive_seed(cfg.seed, "train", step, slot) for slot, _ in mine]
             asked = [prompts[i] for _, i in mine]
-            rollouts = utils.agree(rescue, writer_engine.generate, asked, sampling, seeds)
+            rollouts = agree(rescue, writer_engine.generate, asked, sampling, seeds)
             if step == start_step or step % cfg.check_sync_every == 0:
-                gaps = utils.check_logprobs(writer_engine, writer, asked, rollouts, vocab_size, dtype,
+                gaps = check_logprobs(writer_engine, writer, asked, rollouts, vocab_size, dtype,
                                             cfg.max_tokens_per_microbatch)
             written = [(prompt, tokens, reason == "stop", None) for prompt, (tokens, _, reason) in zip(asked, rollouts)]
         truncated = sum(not ended or len(r) > horizon for _, r, ended, _ in written)

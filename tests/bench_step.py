@@ -27,6 +27,7 @@ import sample  # noqa: E402  (needs the repository on the path)
 import train_distill  # noqa: E402
 import utils  # noqa: E402
 from data import toy  # noqa: E402
+from engine import HFEngine, Sampling  # noqa: E402
 
 PROMPTS, NEW_TOKENS, ROUNDS, STEPS, WARMUP = 64, 96, 3, 10, 2
 
@@ -86,7 +87,7 @@ def decoding(student):
     model, tokenizer = utils.load_model(student, torch.float32), utils.load_tokenizer(student)
     rows = utils.load_problems("data/toy/train.jsonl")[:PROMPTS]
     prompts = [utils.encode_prompt(tokenizer, row["problem"]) for row in rows]
-    engine, sampling = utils.HFEngine(model), utils.Sampling(NEW_TOKENS, (257, 260), vocab_size=272)
+    engine, sampling = HFEngine(model), Sampling(NEW_TOKENS, (257, 260), vocab_size=272)
     tokenizer.padding_side = "left"
     padded = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
 

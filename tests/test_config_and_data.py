@@ -13,11 +13,13 @@ import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 import eval_math
+import grade
 import rl_grpo
 import sample
 import train_distill
 import utils
 from data import toy
+from engine import HFEngine, Sampling, make_engine
 from utils import UserError
 
 # ------------------------------------------------------------------------------------------------------------- config loader
@@ -91,7 +93,7 @@ def test_every_key_is_read():
         source = Path(script.__file__).read_text()
         loop = source[source.index("def load_benchmarks" if script is eval_math else "def main"):]
         for field in dataclasses.fields(script.Config):
-            assert f"cfg.{field.name}" in loop + inspect.getsource(utils.make_engine), field.name
+            assert f"cfg.{field.name}" in loop + inspect.getsource(make_engine), field.name
 
 
 def test_batch_not_divisible():
@@ -175,7 +177,7 @@ def test_problems_are_the_shipped_ones():
     for rows in files.values():
         for row in rows:
             assert row["answer"] == str(sum(map(int, row["problem"][:-1].split("+"))) % 10)
-            assert utils.grade(row["solution"], row["answer"]) == (True, "same text")
+            assert grade.grade(row["solution"], row["answer"]) == (True, "same text")
             for line in row["solution"].split("\\boxed")[0].split("\n"):
                 steps = [step for step in line.split(";") if step]
                 assert sorted([steps[0][0], *(step[2] for step in steps)]) == sorted(row["problem"][:-1].split("+"))
@@ -217,8 +219,8 @@ def test_toy_models_are_as_good_as_they_should_be(student, teacher, tokenizer):
     """Middle set at T = 1: the student has room to grow, the teacher has little."""
     problems = utils.load_problems("data/toy/middle.jsonl")[:96]
     encoded = [utils.encode_prompt(tokenizer, p["problem"]) for p in problems]
-    sampling = utils.Sampling(256, (257, 260), vocab_size=272)
-    scores = [utils.evaluate(utils.HFEngine(m), m, tokenizer, problems, encoded, sampling, 4, 0, 8192)[0]
+    sampling = Sampling(256, (257, 260), vocab_size=272)
+    scores = [grade.evaluate(HFEngine(m), m, tokenizer, problems, encoded, sampling, 4, 0, 8192)[0]
               for m in (student, teacher)]
     assert 0.2 <= scores[0]["avg_at_k"] <= 0.5 and scores[1]["avg_at_k"] >= 0.95
     assert 0.8 < scores[0]["stop_reasons"]["<|endoftext|>"] < 0.97       # a tenth ends as a chat
@@ -242,7 +244,7 @@ def test_reads_gsm8k(tmp_path):
     rows = utils.load_problems(path)
     assert rows[0] == {"problem": "How many?", "answer": "1,042", "solution": "6*7=<<6*7=42>>42\n#### 1,042"}
     assert rows[1]["answer"] == "27.0" and len(rows) == 2
-    assert utils.grade("so it is #### 1042", rows[0]["answer"])[0] and utils.grade("\\boxed{27}", rows[1]["answer"])[0]
+    assert grade.grade("so it is #### 1042", rows[0]["answer"])[0] and grade.grade("\\boxed{27}", rows[1]["answer"])[0]
 
 
 def test_pass_at_k():
@@ -251,14 +253,14 @@ def test_pass_at_k():
     for n, c in [(5, 2), (6, 0), (4, 4), (8, 1)]:
         for k in range(1, n + 1):
             subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
-            assert utils.pass_at_k(n, c, k) == pytest.approx(sum(any(s) for s in subsets) / len(subsets))
+            assert grade.pass_at_k(n, c, k) == pytest.approx(sum(any(s) for s in subsets) / len(subsets))
     with pytest.raises(ValueError, match="k=9: Pass@k needs 1 <= k <= n=8"):
-        utils.pass_at_k(8, 3, 9)
+        grade.pass_at_k(8, 3, 9)
 
 
 def test_tokens_after_box(tokenizer):
     ids = tokenizer.encode("1+2=3;\\boxed{3}<|im_end|>zz", add_special_tokens=False)
-    assert utils.tokens_after_box(tokenizer, ids) == 5 and utils.tokens_after_box(tokenizer, ids[:4]) is None
+    assert grade.tokens_after_box(tokenizer, ids) == 5 and grade.tokens_after_box(tokenizer, ids[:4]) is None
 
 
 def test_prompt_order():
@@ -274,7 +276,7 @@ def test_stages_import_only_utils_and_kernels():
         imported = {(node.module if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0]
                     for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
                     for alias in node.names}
-        allowed = {"plot", "configs"} if path.name == "cells.py" else {"utils", "kernels"}         # it only starts stages
+        allowed = {"plot", "configs"} if path.name == "cells.py" else {"utils", "kernels", "engine", "grade", "trajectories"}         # it only starts stages
         assert imported & ours <= allowed, path
 
 

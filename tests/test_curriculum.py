@@ -11,8 +11,10 @@ import torch
 from conftest import STOPS
 from safetensors.torch import load_file
 
+import grade
 import train_distill
 import utils
+from engine import HFEngine, Sampling
 from train_distill import gate
 
 LADDER = ("configs/toy_opd.py", "--horizons=(6, 12, 24)", "--steps_per_horizon=2", "--gate_prompts=12", "--save_every=1")
@@ -75,7 +77,7 @@ def own_entropy(checkpoint, tokenizer):
     model = utils.load_model(str(checkpoint), torch.float32)
     problems = utils.load_problems("data/toy/middle.jsonl")[:12]
     prompts = [utils.encode_prompt(tokenizer, problem["problem"]) for problem in problems]
-    rollouts = utils.HFEngine(model).generate(prompts, utils.Sampling(6, STOPS, vocab_size=272),
+    rollouts = HFEngine(model).generate(prompts, Sampling(6, STOPS, vocab_size=272),
                                               [utils.derive_seed(42, "eval", i, 0) for i in range(12)])
     model.double()
     total, count = 0.0, 0
@@ -108,8 +110,8 @@ def test_gate_measures_the_students_own_entropy(train, tokenizer):
 
 def test_gate_ignores_length(train, monkeypatch):
     """The same run with every measured length a thousand times longer takes the same decisions."""
-    plain, plain_rows = utils.summarise, train(*LADDER, "--max_steps=5")[0]
-    monkeypatch.setattr(utils, "summarise", lambda records: plain(records) | {"length": 1e6, "truncated": 1.0})
+    plain, plain_rows = grade.summarise, train(*LADDER, "--max_steps=5")[0]
+    monkeypatch.setattr(grade, "summarise", lambda records: plain(records) | {"length": 1e6, "truncated": 1.0})
     rows, _ = train(*LADDER, "--max_steps=5")
     assert gates(rows) == gates(plain_rows) and [row["length"] for row in rows if "gate" in row] == [1e6, 1e6]
 
@@ -259,8 +261,8 @@ def test_mistakes(train, options, message):
 
 
 def test_broken_weights_stop_the_run(train, monkeypatch):
-    plain = utils.summarise
-    monkeypatch.setattr(utils, "summarise", lambda records: plain(records) | {"entropy": float("nan")})
+    plain = grade.summarise
+    monkeypatch.setattr(grade, "summarise", lambda records: plain(records) | {"entropy": float("nan")})
     with pytest.raises(utils.UserError, match="not finite"):
         train(*LADDER, "--max_steps=3")
 

@@ -207,7 +207,7 @@ def test_one_error_for_all_processes(tmp_path, processes, broken, shown):
     """All processes meet it, or one does and the others wait or fail for it: the first is shown, once."""
     script = tmp_path / "broken.py"
     script.write_text(f"import os, sys, time, torch\nsys.path.insert(0, {os.getcwd()!r})\nimport utils\n"
-                      f"def main(argv):\n    utils.init_processes(30)\n    {broken}\nutils.run(main, '', utils.Sampling)\n")
+                      f"def main(argv):\n    utils.init_processes(30)\n    {broken}\nutils.run(main, '', Sampling)\n")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
                            str(script)], capture_output=True, text=True, timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
     own = done.stderr.split("torch/distributed/elastic")[0]
@@ -221,7 +221,7 @@ def test_folder_that_is_not_shared(tmp_path, monkeypatch):
     script = tmp_path / "elsewhere.py"
     script.write_text(f"import os, sys\nsys.path.insert(0, {os.getcwd()!r})\nimport utils\n"
                       f"rank, _, _ = utils.init_processes(30)\nos.chdir({str(tmp_path)!r} + ('/one' if rank == 0 else ''))\n"
-                      "utils.run(lambda argv: utils.prepare_out_dir('run', True, False), '', utils.Sampling)\n")
+                      "utils.run(lambda argv: utils.prepare_out_dir('run', True, False), '', Sampling)\n")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
                           capture_output=True, text=True, timeout=100)
     assert done.returncode == 1

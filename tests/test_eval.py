@@ -1,4 +1,4 @@
-"""eval_math.py run end to end: resume, two runs, two processes, intervals, comparisons; data/math.py."""
+"""eval_math.py run end to end: resume, two runs, two processes, intervals, comparisons; data/benchmarks.py."""
 
 import json
 import math
@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import eval_math
+import grade
 import utils
-from data import math as benchmarks
+from data import benchmarks
 
 FEW = ("--num_problems=12", "--samples_per_problem=3", "--max_new_tokens=60", "--window=10", "--bootstrap=500")
 
@@ -75,7 +76,7 @@ def record(index, sample, correct, reason="", **more):
 
 def test_summary_by_hand():
     """Two problems, one response ungraded: it is in no average; the entropy is split at the box."""
-    row = utils.summarise([
+    row = grade.summarise([
         record(0, 0, True, length=10, tokens_after_box=4, entropy_sum=7.0, entropy_after_box_sum=1.0),
         record(0, 1, None, "no verdict in 5 s", length=20, stop="length"), record(1, 0, False), record(1, 1, True)])
     assert row["avg_at_k"] == (1 + 0.5) / 2 and row["ungraded"] == 1 and row["k"] == 2
@@ -83,9 +84,9 @@ def test_summary_by_hand():
     assert row["length"] == 12.5 and row["median_length"] == 10
     assert row["entropy"] == 22 / 50 and row["entropy_before_box"] == 1.0 and row["entropy_after_box"] == 0.25
     assert row["truncated"] == 0.25 and row["stop_reasons"] == {"length": 0.25, "x": 0.75} and row["tokens_after_box"] == 4
-    none = utils.summarise([record(0, 0, None, "no reference answer")])
+    none = grade.summarise([record(0, 0, None, "no reference answer")])
     assert none["avg_at_k"] is none["pass_at_k"] is none["entropy_after_box"] is None and none["ungraded"] == 0
-    assert utils.repetition([1, 2] * 8) == 1 - 2 / 9 and utils.repetition(list(range(20))) == utils.repetition([1]) == 0
+    assert grade.repetition([1, 2] * 8) == 1 - 2 / 9 and grade.repetition(list(range(20))) == grade.repetition([1]) == 0
 
 
 def test_training_measures_the_same(train, tmp_path):
@@ -187,7 +188,7 @@ def test_bootstrap_covers():
 
 @pytest.mark.parametrize("option, message", [
     ("--benchmarks=gsm9k", "no benchmark gsm9k: there are gsm8k, math500"), ("--benchmarks=", "name at least one of gsm8k"),
-    ("--benchmarks=math", "make it with `python data/math.py math`"), ("--seed=3", "was evaluated with seed=42, not 3"),
+    ("--benchmarks=math", "make it with `python data/benchmarks.py math`"), ("--seed=3", "was evaluated with seed=42, not 3"),
     ("--benchmarks=data/toy/middle.jsonl,data/toy/middle.jsonl", "two of the name middle"), ("--top_p=0", "must be in"),
     ("--model=nothing/at/all", "no model folder"), ("--max_new_tokens=9999", "no usable prompt"),
     ("--model=data/toy/teacher", "was evaluated with revision=")])
@@ -211,7 +212,7 @@ def test_foreign_folders_and_full_disks(done, tmp_path, monkeypatch):
         run(tmp_path / "full")
 
 
-# --------------------------------------------------------------------------------------------------------- data/math.py
+# --------------------------------------------------------------------------------------------------------- data/benchmarks.py
 
 def test_benchmark_files(tmp_path):
     """Counts and content are checked, and a file that changes is refused."""
@@ -239,7 +240,7 @@ def test_benchmark_files(tmp_path):
 
 
 def test_data_scripts_run():
-    """data/math.py does not stand in for the standard library's math in the scripts beside it."""
-    for script in ("data/math.py", "data/toy.py"):
+    """data/benchmarks.py does not stand in for the standard library's math in the scripts beside it."""
+    for script in ("data/benchmarks.py", "data/toy.py"):
         finished = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
         assert finished.returncode == 0 and "usage:" in finished.stdout, finished.stderr

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import grade
 import utils
-from data import math as benchmarks
+from data import benchmarks
 
 # (answer in the box, gold answer, equal?, what is special about it); math-verify alone is right about these
 CASES = [
@@ -96,7 +97,7 @@ MATH_VERIFY_FAILS = [
 @pytest.mark.parametrize("cases", [CASES, MATH_VERIFY_FAILS])
 def test_grader(cases):
     """Every case in a box, in one call; a wrong one is shown with what was special about it."""
-    verdicts = utils.grade_all([(f"So it is $\\boxed{{{answer}}}$.", gold) for answer, gold, _, _ in cases])
+    verdicts = grade.grade_all([(f"So it is $\\boxed{{{answer}}}$.", gold) for answer, gold, _, _ in cases])
     assert not [(case, verdict) for case, verdict in zip(cases, verdicts) if verdict[0] is not case[2]]
 
 
@@ -119,7 +120,7 @@ def test_math_verify_alone():
     ("The final answer is: $11,\\! 111$", "$11,\\! 111$"), ("The answer is:\n\n$$42$$", "42$$"), ("x = 42", None),
     ("I do not know", None), ("", None), ("\\boxed", None), ("\\boxed{", None), ("\\boxed{42", None)])
 def test_extraction(response, answer):
-    assert utils.extract_answer(response) == answer
+    assert grade.extract_answer(response) == answer
 
 
 @pytest.mark.parametrize("response, gold", [
@@ -129,7 +130,7 @@ def test_extraction(response, answer):
     ("answer: (C).", "C"),
     ("The answer is $\\frac{1}{2}$ of the cake.", "1/2"), ("#### 16.00", "16"), ("#### Answer: 7", "7")])
 def test_answers_in_sentences(response, gold):
-    assert utils.grade(response, gold)[0] is True
+    assert grade.grade(response, gold)[0] is True
 
 
 # what a reader of the grader tried to fool it with: whole responses, and answers in a box
@@ -175,7 +176,7 @@ BOXED = [
 
 def test_answers_of_models():
     cases = [*RESPONSES, *((f"\\boxed{{{answer}}}", gold, right) for answer, gold, right in BOXED)]
-    verdicts = utils.grade_all([(response, gold) for response, gold, _ in cases])
+    verdicts = grade.grade_all([(response, gold) for response, gold, _ in cases])
     assert not [(case, verdict) for case, verdict in zip(cases, verdicts) if verdict[0] is not case[2]]
 
 
@@ -186,18 +187,18 @@ GOLD = Path(os.environ.get("BENCHMARK_DIR", "data"))
 def test_gold_answers(name, tmp_path):
     """
     Each gold answer is right for itself, alone, in a sentence, and after "####" or a phrase; for another problem's it is wrong.
-    Runs where the files are: BENCHMARK_DIR=folder of the original files, or after `python data/math.py`.
+    Runs where the files are: BENCHMARK_DIR=folder of the original files, or after `python data/benchmarks.py`.
     """
     if benchmarks.make(name, GOLD, tmp_path) is None:
         pytest.skip(f"no {name} in {GOLD}")
     golds = [row["answer"] for row in utils.load_problems(tmp_path / f"{name}.jsonl")]
     for form in ("\\boxed{%s}", "Therefore we find $\\boxed{%s}$, as required.", "\n#### %s", "The answer is $%s$. Done."):
         pairs = [(form % gold, gold) for gold in golds]
-        assert [pair for pair, (verdict, _) in zip(pairs, utils.grade_all(pairs)) if verdict is not True] == []
+        assert [pair for pair, (verdict, _) in zip(pairs, grade.grade_all(pairs)) if verdict is not True] == []
     for shift in (1, 7):
         pairs = [(a, b) for a, b in zip(golds, golds[shift:] + golds[:shift])
                  if a.split("=")[-1] != b.split("=")[-1]]        # x=5 and 5 are the same answer
-        results = utils.grade_all([(f"\\boxed{{{a}}}", b) for a, b in pairs])
+        results = grade.grade_all([(f"\\boxed{{{a}}}", b) for a, b in pairs])
         assert [pair for pair, (verdict, _) in zip(pairs, results) if verdict is not False] == []
 
 
@@ -227,12 +228,12 @@ HUGE = ["\\boxed{" + "\\frac" * 20000 + "}", "{" * 100000, "\\boxed{" * 20000, "
 def check_hostile(n):
     strings = HUGE + hostile(n)
     start = time.perf_counter()
-    results = utils.grade_all([(text, "17") for text in strings], seconds=1.0)
+    results = grade.grade_all([(text, "17") for text in strings], seconds=1.0)
     seconds = time.perf_counter() - start
     assert len(results) == len(strings) and [text for text, (verdict, _) in zip(strings, results) if verdict is True] == []
     hung = sum(verdict is None for verdict, _ in results)
     assert seconds < 30 + 1.5 * hung + 0.02 * n          # no time but the limit's
-    assert utils.grade("\\boxed{x+1}", "1+x")[0] is True         # the workers still work
+    assert grade.grade("\\boxed{x+1}", "1+x")[0] is True         # the workers still work
 
 
 def test_hostile_strings():
@@ -246,36 +247,36 @@ def test_ten_thousand_hostile_strings():
 
 def test_hung_and_crashed_workers(monkeypatch):
     """A comparison that hangs or dies is "ungraded"; its worker is replaced."""
-    bad = utils._GRADER.replace("    try:\n", """
+    bad = grade._GRADER.replace("    try:\n", """
     import os, time
     if 'h' in line: time.sleep(60)
     if 'k' in line: os._exit(3)
     try:
 """)
-    assert bad != utils._GRADER
-    monkeypatch.setattr(utils, "_GRADER", bad)
-    monkeypatch.setattr(utils, "_graders", utils.queue.SimpleQueue())
-    results = utils.grade_all([("\\boxed{h+1}", "1+h"), ("\\boxed{k+1}", "1+k"), ("\\boxed{x+1}", "1+x")], seconds=1.0)
+    assert bad != grade._GRADER
+    monkeypatch.setattr(grade, "_GRADER", bad)
+    monkeypatch.setattr(grade, "_graders", grade.queue.SimpleQueue())
+    results = grade.grade_all([("\\boxed{h+1}", "1+h"), ("\\boxed{k+1}", "1+k"), ("\\boxed{x+1}", "1+x")], seconds=1.0)
     assert results == [(None, "no verdict in 1 s"), (None, "comparison crashed"), (True, "equal for math-verify")]
 
 
 def test_idle_workers_stay(monkeypatch):
     """The limit is for one comparison: a worker that waits longer for its next pair must be there, or that pair is lost."""
-    monkeypatch.setattr(utils, "_GRADER", utils._GRADER.replace("signal.alarm(60)", "signal.alarm(2)"))
-    monkeypatch.setattr(utils, "_graders", utils.queue.SimpleQueue())
-    assert utils._math_verify("1,234,567.50", "1234567.5", 2) == (True, "equal for math-verify")
+    monkeypatch.setattr(grade, "_GRADER", grade._GRADER.replace("signal.alarm(60)", "signal.alarm(2)"))
+    monkeypatch.setattr(grade, "_graders", grade.queue.SimpleQueue())
+    assert grade._math_verify("1,234,567.50", "1234567.5", 2) == (True, "equal for math-verify")
     time.sleep(2.5)
-    assert utils._math_verify("1/2", "0.5", 2) == (True, "equal for math-verify")
+    assert grade._math_verify("1/2", "0.5", 2) == (True, "equal for math-verify")
 
 
 def test_equal_texts_and_integers_need_no_worker(monkeypatch):
-    monkeypatch.setattr(utils, "_math_verify", None)
-    results = utils.grade_all([(f"\\boxed{{{i}}}", f"{i + i % 2:,}") for i in range(2000)])
+    monkeypatch.setattr(grade, "_math_verify", None)
+    results = grade.grade_all([(f"\\boxed{{{i}}}", f"{i + i % 2:,}") for i in range(2000)])
     assert [verdict for verdict, _ in results] == [i % 2 == 0 for i in range(2000)]
 
 
 def test_without_math_verify(monkeypatch):
-    monkeypatch.setattr(utils, "_GRADER", "import no_such_module")
-    monkeypatch.setattr(utils, "_graders", utils.queue.SimpleQueue())
+    monkeypatch.setattr(grade, "_GRADER", "import no_such_module")
+    monkeypatch.setattr(grade, "_graders", grade.queue.SimpleQueue())
     with pytest.raises(utils.UserError, match="grading needs math-verify"):
-        utils.grade("\\boxed{x}", "y+1")
+        grade.grade("\\boxed{x}", "y+1")

@@ -11,8 +11,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import grade
 import rl_grpo
 import utils
+from engine import HFEngine, Sampling
 
 SHORT = ["--prompts_per_step=4", "--group_size=4", "--max_new_tokens=60", "--eval_every=0", "--save_every=1000",
          "--max_tokens_per_microbatch=256", "--warmup_steps=0"]
@@ -114,9 +116,9 @@ def test_one_step_is_reinforce_with_a_group_baseline(rl, monkeypatch, tokenizer,
     order = utils.prompt_order(len(problems), 0, 4, cfg.seed)
     asked = [problems[i] for i in order for _ in range(4)]
     prompts = [utils.encode_prompt(tokenizer, p["problem"]) for p in asked]
-    rollouts = utils.HFEngine(student, max_rows=512).generate(
-        prompts, utils.Sampling(60, (257,)), [utils.derive_seed(cfg.seed, "train", 0, slot) for slot in range(16)])
-    rewards = [float(utils.extract_answer(tokenizer.decode(t)) == p["answer"]) for p, (t, _, _) in zip(asked, rollouts)]
+    rollouts = HFEngine(student, max_rows=512).generate(
+        prompts, Sampling(60, (257,)), [utils.derive_seed(cfg.seed, "train", 0, slot) for slot in range(16)])
+    rewards = [float(grade.extract_answer(tokenizer.decode(t)) == p["answer"]) for p, (t, _, _) in zip(asked, rollouts)]
     assert 0 < sum(rewards) < 16 and row["reward_mean"] == pytest.approx(sum(rewards) / 16)
     kept = [i for i in range(16) if not (cfg.mask_truncated and rollouts[i][2] == "length")]
     total = sum(len(rollouts[i][0]) for i in kept)
@@ -145,7 +147,7 @@ def test_one_step_is_reinforce_with_a_group_baseline(rl, monkeypatch, tokenizer,
 
 def test_no_signal_no_gradient(rl, monkeypatch):
     """Groups of equal rewards: no gradient, and they are counted."""
-    monkeypatch.setattr(utils, "grade_all", lambda pairs: [(True, "")] * len(pairs))
+    monkeypatch.setattr(rl_grpo, "grade_all", lambda pairs: [(True, "")] * len(pairs))
     rows, _ = rl("--max_steps=2")
     assert [row["grad_norm"] for row in rows] == [0, 0] and [row["equal_groups"] for row in rows] == [1, 1]
     assert rows[0]["reward_mean"] == 1 and rows[0]["kl_to_reference"] == pytest.approx(0, abs=1e-7)
@@ -153,11 +155,11 @@ def test_no_signal_no_gradient(rl, monkeypatch):
 
 def test_ungraded_responses_leave_the_group(rl, monkeypatch):
     """A step in which every third response has no verdict; then one without any verdict makes no update."""
-    monkeypatch.setattr(utils, "grade_all", lambda pairs: [(None if i % 3 == 0 else i % 2 == 0, "")
+    monkeypatch.setattr(rl_grpo, "grade_all", lambda pairs: [(None if i % 3 == 0 else i % 2 == 0, "")
                                                             for i in range(len(pairs))])
     rows, _ = rl("--max_steps=1")
     assert rows[0]["ungraded"] == 6 == rows[0]["masked"] and rows[0]["reward_mean"] == pytest.approx(5 / 10)
-    monkeypatch.setattr(utils, "grade_all", lambda pairs: [(None, "")] * len(pairs))
+    monkeypatch.setattr(rl_grpo, "grade_all", lambda pairs: [(None, "")] * len(pairs))
     rows, out = rl("--max_steps=1")
     assert rows[0]["ungraded"] == 16 and rows[0]["reward_mean"] is None and rows[0]["equal_groups"] == 1
     rows, out = rl("--max_steps=2", "--resume", out=out)
@@ -178,8 +180,8 @@ def test_several_updates(rl):
 def test_a_sampler_that_disagrees(rl, monkeypatch, shift, options, factor):
     """q_old / q_sampler weighs every token, up to the cap; the ratio of the update stays 1."""
     before, _ = rl("--max_steps=1", "--max_grad_norm=inf")
-    generate = utils.HFEngine.generate
-    monkeypatch.setattr(utils.HFEngine, "generate", lambda *args: [
+    generate = HFEngine.generate
+    monkeypatch.setattr(HFEngine, "generate", lambda *args: [
         (tokens, [x - shift for x in logps], reason) for tokens, logps, reason in generate(*args)])
     after, _ = rl("--max_steps=1", "--max_grad_norm=inf", "--max_logprob_gap=1", *options)
     assert after[0]["importance_weight"] == pytest.approx(factor, rel=1e-4) and after[0]["ratio_max"] == 1

@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import engine as engine_module
 import utils
+from engine import HFEngine, Sampling, check_logprobs, choose_engine, make_engine
 
 CFG = SimpleNamespace(dtype="bfloat16", kv_cache_gb=16.0, rollout_rows=32, max_tokens_per_microbatch=16384, fsdp=False,
                       gradient_checkpointing=False)
@@ -110,29 +112,29 @@ def test_activations_as_autograd_keeps_them(dtype):
     ("auto", "cuda", "0.32.1", "vllm", "rollouts by vLLM 0.32.1"), ("hf", "cuda", "0.32.1", "hf", "rollouts by transformers"),
     ("vllm", "cpu", "0.32.1", "vllm", "rollouts by vLLM 0.32.1")])
 def test_the_choice_is_printed(monkeypatch, capsys, kind, device, version, chosen, printed):
-    monkeypatch.setattr(utils, "vllm_version", lambda: version)
-    monkeypatch.setattr(utils, "import_vllm", lambda: None)
-    assert utils.choose_engine(kind, torch.device(device), True) == chosen
+    monkeypatch.setattr(engine_module, "vllm_version", lambda: version)
+    monkeypatch.setattr(engine_module, "import_vllm", lambda: None)
+    assert choose_engine(kind, torch.device(device), True) == chosen
     assert capsys.readouterr().out == printed + "\n"
 
 
 def test_a_wrong_engine_is_found_here_too(student, prompts):
     """HFEngine with a copy of other weights: the same check, the same message."""
-    engine = utils.HFEngine(student, torch.bfloat16)
+    engine = HFEngine(student, torch.bfloat16)
     engine.model.model.norm.weight.data *= 1.5
-    rollouts = engine.generate(prompts[:8], utils.Sampling(12, (257, 260)), range(8))
+    rollouts = engine.generate(prompts[:8], Sampling(12, (257, 260)), range(8))
     engine.max_logprob_gap = 0.05
     with pytest.raises(utils.UserError, match=r"passes max_logprob_gap=0.05. .*: model.norm.weight 0.5,"):
-        utils.check_logprobs(engine, student, prompts[:8], rollouts, 272, torch.bfloat16, 4096)
+        check_logprobs(engine, student, prompts[:8], rollouts, 272, torch.bfloat16, 4096)
     engine.sync(student)
-    rollouts = engine.generate(prompts[:8], utils.Sampling(12, (257, 260)), range(8))
-    gaps = utils.check_logprobs(engine, student, prompts[:8], rollouts, 272, torch.bfloat16, 4096)
+    rollouts = engine.generate(prompts[:8], Sampling(12, (257, 260)), range(8))
+    gaps = check_logprobs(engine, student, prompts[:8], rollouts, 272, torch.bfloat16, 4096)
     assert 0 < gaps["logprob_gap_mean"] < 0.02
 
 
 @pytest.mark.parametrize("key", ["kv_cache_gb", "rollout_timeout", "max_logprob_gap"])
 def test_settings_of_an_engine(student, key):
     good = {"rollout_rows": 4, "kv_cache_gb": 0.1, "rollout_timeout": 1.0, "max_logprob_gap": None}
-    assert utils.make_engine("hf", SimpleNamespace(**good), student, torch.float32, 272, 64).max_logprob_gap == 1e-4
+    assert make_engine("hf", SimpleNamespace(**good), student, torch.float32, 272, 64).max_logprob_gap == 1e-4
     with pytest.raises(utils.UserError, match=f"{key}=-1.0: must be positive"):
-        utils.make_engine("hf", SimpleNamespace(**good | {key: -1.0}), student, torch.float32, 272, 64)
+        make_engine("hf", SimpleNamespace(**good | {key: -1.0}), student, torch.float32, 272, 64)

@@ -5,8 +5,8 @@ import torch
 from conftest import STOPS
 
 import utils
+from engine import HFEngine, Sampling, sample_tokens
 from kernels import linear_kl
-from utils import HFEngine, Sampling
 
 # ------------------------------------------------------------------------------------------------------------------- sampler
 
@@ -29,7 +29,7 @@ def test_sampled_distribution(temperature, top_p, top_k):
 
     n = 200_000
     uniforms = torch.rand(n, generator=torch.Generator().manual_seed(7))
-    tokens, logps = utils.sample_tokens(logits.expand(n, -1), uniforms, Sampling(1, STOPS, temperature, top_p, top_k))
+    tokens, logps = sample_tokens(logits.expand(n, -1), uniforms, Sampling(1, STOPS, temperature, top_p, top_k))
     counts = torch.bincount(tokens, minlength=12).double()
     assert counts[expected == 0].sum() == 0
     kept = expected > 0
@@ -40,13 +40,13 @@ def test_sampled_distribution(temperature, top_p, top_k):
 
 def test_sampler_edges():
     logits = torch.tensor([[0.0, 5.0, 1.0], [2.0, 1.0, 0.0]])
-    greedy, _ = utils.sample_tokens(logits, torch.tensor([0.99, 0.99]), Sampling(1, STOPS, temperature=0))
+    greedy, _ = sample_tokens(logits, torch.tensor([0.99, 0.99]), Sampling(1, STOPS, temperature=0))
     assert greedy.tolist() == [1, 0]
     impossible = torch.tensor([[float("-inf"), 0.0, float("-inf")]])
     for u in (0.0, 1 - 2 ** -24):                        # the ends of what torch.rand gives
-        assert utils.sample_tokens(impossible, torch.tensor([u]), Sampling(1, STOPS))[0].tolist() == [1]
+        assert sample_tokens(impossible, torch.tensor([u]), Sampling(1, STOPS))[0].tolist() == [1]
     for u in (0.0, 0.5, 1 - 2 ** -24):                   # NaN: some id in range; the loss will say what is wrong
-        token, _ = utils.sample_tokens(torch.full((1, 3), float("nan")), torch.tensor([u]), Sampling(1, STOPS, top_p=0.9))
+        token, _ = sample_tokens(torch.full((1, 3), float("nan")), torch.tensor([u]), Sampling(1, STOPS, top_p=0.9))
         assert 0 <= token.item() < 3
 
 

@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train_distill
+import trajectories
 import utils
+from engine import HFEngine, Sampling
 
 FEW = ("--num_prompts=90", "--max_new_tokens=48", "--shard_sequences=32", "--rollout_rows=16")
 
@@ -41,7 +43,7 @@ def copy(shards, tmp_path):
 
 def contents(folder):
     """{(prompt, sample): (prompt ids, response ids, ended)} through the reader, in its order."""
-    data = train_distill.Trajectories(folder, want_hidden=True)
+    data = trajectories.Trajectories(folder, want_hidden=True)
     return {key: data[i][:3] for i, (key, _, _) in enumerate(data.rows)}
 
 
@@ -55,9 +57,9 @@ def test_contents(shards, teacher, tokenizer):
     """Each row is what the engine gives for its prompt and seed; log-probs and hidden states are those of one plain forward."""
     problems = utils.load_problems("data/toy/train.jsonl")
     prompts = [utils.encode_prompt(tokenizer, p["problem"]) for p in problems[:90]]
-    rollouts = utils.HFEngine(teacher).generate(prompts, utils.Sampling(48, STOPS, vocab_size=272),
+    rollouts = HFEngine(teacher).generate(prompts, Sampling(48, STOPS, vocab_size=272),
                                                 [utils.derive_seed(42, "sample", i, 0) for i in range(90)])
-    data = train_distill.Trajectories(shards, want_hidden=True)
+    data = trajectories.Trajectories(shards, want_hidden=True)
     assert len(data) == 90 and [key for key, _, _ in data.rows] == [(i, 0) for i in range(90)]
     for i, (tokens, _, reason) in enumerate(rollouts):
         prompt, response, ended, hidden = data[i]
@@ -129,9 +131,9 @@ def test_two_processes(tmp_path, shards):
 
 def test_rows_stay_busy(student, prompts):
     """Lengths from 28 to 96: finished rows make room, so the forwards are few; and the tokens do not change."""
-    sampling, seeds = utils.Sampling(96, STOPS, vocab_size=272), list(range(64))
-    whole = utils.HFEngine(student).generate(prompts[:64], sampling, seeds)
-    engine, calls, plain = utils.HFEngine(student, max_rows=8), [], utils.HFEngine._advance
+    sampling, seeds = Sampling(96, STOPS, vocab_size=272), list(range(64))
+    whole = HFEngine(student).generate(prompts[:64], sampling, seeds)
+    engine, calls, plain = HFEngine(student, max_rows=8), [], HFEngine._advance
     engine._advance = lambda ids, lengths, cache: calls.append(ids.shape) or plain(engine, ids, lengths, cache)
     assert [r[0] for r in engine.generate(prompts[:64], sampling, seeds)] == [r[0] for r in whole]
     lengths = [len(tokens) for tokens, _, _ in whole]
@@ -162,9 +164,9 @@ def test_cached_equals_run(train, shards, tmp_path, monkeypatch):
 
 def test_order_and_resume(train, shards):
     """Every sequence once an epoch, in an order that the seed decides; 3 + 3 steps = 6 steps."""
-    seen, plain = [], train_distill.Trajectories.__getitem__
+    seen, plain = [], trajectories.Trajectories.__getitem__
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_distill.Trajectories, "__getitem__", lambda self, i: seen.append(i) or plain(self, i))
+        patch.setattr(trajectories.Trajectories, "__getitem__", lambda self, i: seen.append(i) or plain(self, i))
         options = ("configs/toy_offline.py", f"--trajectories={shards}", "--batch_size=30")
         whole, a = train(*options, "--max_steps=6")
         assert sorted(seen[:90]) == sorted(seen[90:]) == list(range(90)) and seen[:90] != seen[90:]
@@ -287,7 +289,7 @@ def test_untied_head_in_several_files(tmp_path, teacher):
     model.save_pretrained(folder, max_shard_size="500KB")
     assert (folder / "model.safetensors.index.json").is_file()
     out = make(tmp_path / "shards", f"--model={folder}", "--num_prompts=4")
-    head = train_distill.load_head(str(folder), train_distill.Trajectories(out, want_hidden=True))
+    head = trajectories.load_head(str(folder), trajectories.Trajectories(out, want_hidden=True))
     assert torch.equal(head.float(), model.lm_head.weight.detach())
     assert not torch.equal(head.float(), model.model.embed_tokens.weight.detach())
 
@@ -307,7 +309,7 @@ def test_empty_responses_are_left_out(copy):
     keep = torch.cat([tensors["tokens"][:n], tensors["tokens"][n + cut:]])
     offsets = torch.cat([tensors["offsets"][:1], tensors["offsets"][1:] - cut])
     rewrite(path, tokens=keep, offsets=offsets, logps=tensors["logps"][cut:], hidden=tensors["hidden"][cut:])
-    data = train_distill.Trajectories(copy, want_hidden=True)
+    data = trajectories.Trajectories(copy, want_hidden=True)
     assert len(data) == 89
     for i in range(89):                                          # checksums of the others still fit
         data[i]
@@ -357,8 +359,8 @@ def test_one_prompt(capsys, teacher, tokenizer):
     """--prompt prints what generate gives for the seed, token by token."""
     assert sample.main(["configs/toy_sample.py", "--prompt=3+4+5?"])
     shown = capsys.readouterr()
-    (tokens, _, _), = utils.HFEngine(teacher).generate([utils.encode_prompt(tokenizer, "3+4+5?")],
-                                                       utils.Sampling(160, STOPS, vocab_size=272), [42])
+    (tokens, _, _), = HFEngine(teacher).generate([utils.encode_prompt(tokenizer, "3+4+5?")],
+                                                       Sampling(160, STOPS, vocab_size=272), [42])
     assert shown.out.strip() == tokenizer.decode(tokens, skip_special_tokens=True)
     assert f"({len(tokens)} tokens, " in shown.err and "stopped" in shown.err
 
@@ -374,7 +376,7 @@ def test_half_a_character_waits(capsys, tokenizer):
                 printed.append(capsys.readouterr().out)
             return [(ids, [0.0] * 5, "stop")]
     printed = []
-    sample.answer(Engine(), tokenizer, [{"role": "user", "content": "?"}], utils.Sampling(9, STOPS), 0, 99)
+    sample.answer(Engine(), tokenizer, [{"role": "user", "content": "?"}], Sampling(9, STOPS), 0, 99)
     assert printed == ["a", "", "", "€", "b"]
 
 
@@ -382,8 +384,8 @@ def test_chat(monkeypatch, capsys, tokenizer):
     """The conversation so far is the prompt; an empty line begins anew."""
     lines, seen = iter(["1+2+3?", "4+5+6?", "", "7+8+9?"]), []
     monkeypatch.setattr("builtins.input", lambda prompt: read(lines))
-    plain = utils.HFEngine.generate
-    monkeypatch.setattr(utils.HFEngine, "generate", lambda self, prompts, *a, **k: seen.append(prompts[0]) or plain(
+    plain = HFEngine.generate
+    monkeypatch.setattr(HFEngine, "generate", lambda self, prompts, *a, **k: seen.append(prompts[0]) or plain(
         self, prompts, *a, **k))
     sample.main(["configs/toy_sample.py", "--chat", "--max_new_tokens=20"])
     texts = [tokenizer.decode(ids) for ids in seen]

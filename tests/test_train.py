@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_distill
 import utils
+from engine import HFEngine, Sampling
 from kernels import linear_kl
 
 CELLS = {"toy_sft": ("teacher", 0.0), "toy_offline": ("teacher", 1.0), "toy_dagger": ("student", 0.0),
@@ -125,7 +126,7 @@ def test_loss_norm(train, monkeypatch):
 def test_learns(train, student, teacher, prompts):
     """20 steps of on-policy distillation: reverse KL on held-out student rollouts falls by 12 % at least (seen: 18 %)."""
     def held_out_reverse_kl(model):
-        rollouts = utils.HFEngine(model).generate(prompts, utils.Sampling(48, STOPS, vocab_size=272), list(range(len(prompts))))
+        rollouts = HFEngine(model).generate(prompts, Sampling(48, STOPS, vocab_size=272), list(range(len(prompts))))
         batch = [(p, tokens) for p, (tokens, _, _) in zip(prompts, rollouts)]
         with torch.no_grad():
             h, h_t = utils.response_hidden(model, batch), utils.response_hidden(teacher, batch)
@@ -192,7 +193,7 @@ def test_nonfinite_loss_stops(train, monkeypatch, tmp_path):
 
 def test_step_without_a_token(train, monkeypatch):
     """Nothing to learn from: logged, no update, no division by zero."""
-    monkeypatch.setattr(utils.HFEngine, "generate", lambda self, prompts, *_: [([], [], "length") for _ in prompts])
+    monkeypatch.setattr(HFEngine, "generate", lambda self, prompts, *_: [([], [], "length") for _ in prompts])
     rows, run = train("configs/toy_opd.py", "--max_steps=2")
     assert [row["loss"] for row in rows] == [0.0, 0.0] and [row["tokens"] for row in rows] == [0, 0]
     assert same(weights(run)[0], {k: v.float() for k, v in load_file("data/toy/student/model.safetensors").items()})
@@ -200,28 +201,28 @@ def test_step_without_a_token(train, monkeypatch):
 
 def test_keys_reach_the_sampler(train, monkeypatch):
     """Every sampling key arrives; stop="student" drops the teacher's id, but not for what the teacher writes."""
-    calls, plain = [], utils.HFEngine.generate
-    monkeypatch.setattr(utils.HFEngine, "generate", lambda self, prompts, sampling, seeds: calls.append(
+    calls, plain = [], HFEngine.generate
+    monkeypatch.setattr(HFEngine, "generate", lambda self, prompts, sampling, seeds: calls.append(
         (self.max_rows, sampling)) or plain(self, prompts, sampling, seeds))
     options = ("--max_steps=1", "--temperature=0.9", "--top_p=0.8", "--top_k=7", "--stop=student", "--rollout_rows=5",
                "--eval_every=1", "--eval_prompts=2", "--eval_samples=1", "--eval_max_new_tokens=9", "--eval_temperature=0.5",
                "--eval_top_p=0.7")
     train("configs/toy_opd.py", *options)
     teacher, before, step, after = calls
-    assert step == (5, utils.Sampling(24, (257,), 0.9, 0.8, 7, 272))
-    assert before == after == (5, utils.Sampling(9, (257,), 0.5, 0.7, 0, 272)) and teacher[1].stop_ids == (257, 260)
+    assert step == (5, Sampling(24, (257,), 0.9, 0.8, 7, 272))
+    assert before == after == (5, Sampling(9, (257,), 0.5, 0.7, 0, 272)) and teacher[1].stop_ids == (257, 260)
     calls.clear()
     train("configs/toy_sft.py", *options, "--eval_every=0", "--trajectories=None")
-    assert calls == [(5, utils.Sampling(24, (257, 260), 0.9, 0.8, 7, 272))]
+    assert calls == [(5, Sampling(24, (257, 260), 0.9, 0.8, 7, 272))]
 
 
 def test_warmup_and_sync(train, monkeypatch):
     """lr rises linearly, then stays; before every rollout the engine's bf16 copy equals the masters of that step."""
-    gaps, plain = [], utils.HFEngine.generate
+    gaps, plain = [], HFEngine.generate
     students = []
     load = utils.load_model
     monkeypatch.setattr(utils, "load_model", lambda *args: students.append(load(*args)) or students[-1])
-    monkeypatch.setattr(utils.HFEngine, "generate", lambda self, *args: gaps.append(max(
+    monkeypatch.setattr(HFEngine, "generate", lambda self, *args: gaps.append(max(
         (a - b.bfloat16()).abs().max().item() for a, b in zip(self.model.parameters(), students[0].parameters())))
         or plain(self, *args))
     rows, _ = train("configs/toy_opd.py", "--max_steps=4", "--dtype=bfloat16", "--warmup_steps=3", "--learning_rate=3e-3")

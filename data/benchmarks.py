@@ -1,9 +1,9 @@
 """
 The real benchmarks and training prompts as JSONL with one schema: problem, answer, source.
 
-    python data/math.py                               # all of them from the model hub, into data/ (pip install -e ".[data]")
-    python data/math.py gsm8k math500                 # some of them
-    python data/math.py --from-dir=DIR                # from local copies of the original files
+    python data/benchmarks.py                         # all of them from the model hub, into data/ (pip install -e ".[data]")
+    python data/benchmarks.py gsm8k math500                 # some of them
+    python data/benchmarks.py --from-dir=DIR                # from local copies of the original files
 
 Counts are checked (GSM8K test 1319, MATH500 500, MATH test 5000, AMC23 40, AIME24 30), and a checksum of every file's content
 is written beside it and compared at the next run.
@@ -20,7 +20,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from utils import extract_answer
+from grade import extract_answer
 
 HERE = Path(__file__).parent
 
