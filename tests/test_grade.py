@@ -282,8 +282,8 @@ def hostile(n, seed=0):
     rng = random.Random(seed)
     parts = [
         "\\frac", "{", "}", "\\boxed{", "^", "9", "^9", "\\sqrt", "(", ")", ",", "!", "\\infty",
-        "x", "=", "%", "$", "\\text{", " ", "\udcff", "\x00", "10^{10^{10}}", "####", "a" * 50, "1,",
-        "\\left(", "_", "é", "\\begin{pmatrix}", "&", "\\\\", "/0", "answer is", "\n",
+        "x", "=", "%", "$", "\\text{", " ", "\udcff", "\x00", "10^{10^{10}}", "####", "a" * 50,
+        "1,", "\\left(", "_", "é", "\\begin{pmatrix}", "&", "\\\\", "/0", "answer is", "\n",
     ]
     strings = []
     for _ in range(n):
