@@ -302,7 +302,8 @@ def compare(first, second):
 def difference(values, form):
     """The mean of differences and its interval, as text."""
     low, high = interval(values, 10000, 0)
-    return f"{np.mean(values):>8{form}} {low:{form}} .. {high:{form}}"
+    mean = format(np.mean(values), form)
+    return f"{mean:>8} {low:{form}} .. {high:{form}}"
 
 
 # -------------------------------------------------------------------------------------------- main
