@@ -337,8 +337,8 @@ def main(argv):
         if cfg.overwrite:
             for path in [*out_dir.glob("results.*"), *out_dir.glob("samples*.jsonl")]:
                 path.unlink()
-        merge_samples(out_dir, list(benchmarks))
         write_lines(out_dir / "settings.json", [settings], mode="w")
+        merge_samples(out_dir, list(benchmarks))
         print_config(cfg, origin)
     barrier()
     done = {(record["benchmark"], record["index"], record["sample"])
