@@ -34,20 +34,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine import Sampling, choose_engine, make_engine
+from engine import Sampling, choose_engine, fingerprint, make_engine, model_revision
 from grade import respond, summarise, verdicts_by_problem
 from utils import (
     UserError,
     barrier,
     check_ranges,
-    fingerprint,
     init_processes,
     lm_head,
     load_config,
     load_model,
     load_problems,
     load_tokenizer,
-    model_revision,
     print_config,
     read_lines,
     run,

@@ -535,16 +535,11 @@ def evaluate(engine, tokenizer, problems, prompts, sampling, samples, seed):
     sampling, records), the same on every rank. Each rank answers its share. Arguments as in
     `respond`.
     """
-    import torch.distributed as dist
+    from utils import RANK, WORLD, all_gather
 
     pairs = [(index, sample) for index in range(len(problems)) for sample in range(samples)]
-    if dist.is_initialized():
-        pairs = pairs[dist.get_rank()::dist.get_world_size()]
-    records = respond(engine, tokenizer, problems, prompts, pairs, sampling, seed)
-    if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, records)
-        records = [record for part in parts for record in part]
+    records = all_gather(respond(
+        engine, tokenizer, problems, prompts, pairs[RANK::WORLD], sampling, seed))
     records.sort(key=itemgetter("index", "sample"))
     summary = summarise(records)
     for key in ("temperature", "top_p", "top_k", "max_new_tokens"):

@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+import engine
 import eval_math
 import grade
 import plot
@@ -85,7 +86,7 @@ def test_numbers(done):
 
     assert set(report["versions"]) == {"python", "torch", "transformers", "math-verify", "numpy"}
     assert report["settings"]["seed"] == 42
-    assert report["settings"]["revision"] == utils.model_revision("data/toy/student")
+    assert report["settings"]["revision"] == engine.model_revision("data/toy/student")
     assert {r["extracted"] for r in rows if r["correct"]} <= {str(i) for i in range(10)}
 
 
