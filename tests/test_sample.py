@@ -71,7 +71,7 @@ def rollouts(teacher, tokenizer):
 
 
 def test_reader(shards, teacher, rollouts):
-    """A Response is what the engine gives for its prompt and seed, with one plain forward's states."""
+    """A Response is what the engine gives for its prompt and seed, and a plain forward's states."""
     data = Trajectories(shards, want_hidden=True)
     assert len(data) == 90 and [key for key, _, _ in data.rows] == [(i, 0) for i in range(90)]
     for i, (prompt, tokens, reason) in enumerate(rollouts):
@@ -87,7 +87,7 @@ def test_reader(shards, teacher, rollouts):
 
 
 def test_files(shards, teacher, tokenizer, rollouts):
-    """Log-probs of one plain forward; the JSON lines say the same in text; settings say who wrote."""
+    """Log-probs of a plain forward; the JSON lines are the same in text; settings say who wrote."""
     problems = utils.load_problems("data/toy/train.jsonl")
     seen = 0
     for path in sorted(shards.glob("*.safetensors")):
@@ -388,7 +388,7 @@ def test_empty_responses_are_left_out(copy):
     )
     data = Trajectories(copy, want_hidden=True)
     assert [key for key, _, _ in data.rows] == list(expected) and len(data) == 89
-    for i, (key, _, _) in enumerate(data.rows):             # the others' tokens and states still fit
+    for i, (key, _, _) in enumerate(data.rows):             # the others are as they were
         assert data[i][:3] == expected[key][:3]
         assert torch.equal(data[i].hidden, expected[key].hidden)
 
