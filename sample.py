@@ -210,8 +210,8 @@ def check_disk(cfg, token_bytes, to_write, there):
 def prepare_folder(out_dir, tokenizer, rank, overwrite):
     """Delete what a kill left behind, or with `overwrite` all shards. All ranks call it."""
     barrier()                               # until here other ranks may still read the shards
+    out_dir.mkdir(parents=True, exist_ok=True)
     if rank == 0:
-        out_dir.mkdir(parents=True, exist_ok=True)
         for path in out_dir.glob(f"{SHARDS}.*"):
             whole = path.with_suffix(".safetensors").exists()       # false for a .tmp, too
             if overwrite or not whole:
@@ -329,8 +329,7 @@ def main(argv):
     hidden_dtype = getattr(torch, cfg.hidden_dtype)
     if cfg.cache_hidden:
         token_bytes += model.config.hidden_size * hidden_dtype.itemsize
-    if rank == 0:
-        print_config(cfg, origin)
+    print_config(cfg, origin)
     check_disk(cfg, token_bytes, len(todo), len(done))
     prepare_folder(out_dir, tokenizer, rank, cfg.overwrite)
 
