@@ -15,7 +15,6 @@ Departure from the paper: it samples with top_p 0.95 and top_k 20. The defaults 
 that responses really come from the teacher's distribution; configs/sample_4b.py has the paper's.
 """
 
-import contextlib
 import dataclasses
 import json
 import shutil
@@ -26,7 +25,16 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from engine import Sampling, check_logprobs, choose_engine, make_engine
+from engine import (
+    HFEngine,
+    Sampling,
+    check_logprobs,
+    choose_engine,
+    fingerprint,
+    forward_flops,
+    make_engine,
+    model_revision,
+)
 from trajectories import SHARDS, Sampled, finished, write_shard
 from utils import (
     UserError,
@@ -34,8 +42,6 @@ from utils import (
     check_ranges,
     derive_seed,
     encode_chat,
-    fingerprint,
-    forward_flops,
     init_processes,
     lm_head,
     load_config,
@@ -43,7 +49,6 @@ from utils import (
     load_problems,
     load_tokenizer,
     microbatches,
-    model_revision,
     print0,
     print_config,
     response_hidden,
@@ -84,7 +89,8 @@ class Config:
                                             # space; None: max_new_tokens
 
     # who decodes
-    engine: Literal["auto", "hf", "vllm"] = "auto"      # auto: vLLM on a GPU, else transformers
+    engine: Literal["auto", "hf", "vllm"] = "auto"      # auto: vLLM on a GPU, else transformers;
+                                            # on the terminal it is always transformers
     rollout_rows: int = 64                  # responses decoded together; for engine="hf" this
                                             # bounds the memory of the KV cache
     kv_cache_gb: float = 16.0               # of vLLM
@@ -125,7 +131,7 @@ def answer(engine, tokenizer, messages, sampling, seed):
             print(text[len(shown):], end="", flush=True)
             shown = text
 
-    (_, _, stop_reason), = engine.generate([prompt], sampling, [seed], on_token=show)
+    (*_, stop_reason), = engine.stream([prompt], sampling, [seed], on_token=show)
     end = "stopped" if stop_reason == "stop" else "cut at max_new_tokens"
     print(f"\n({len(tokens)} tokens, {end})", file=sys.stderr)
     return shown
@@ -298,23 +304,20 @@ def main(argv):
     model = load_model(cfg.model, dtype, device).requires_grad_(False)
     stops, vocab_size = limits(cfg, model, tokenizer)
     sampling = Sampling(cfg.max_new_tokens, stops, cfg.temperature, cfg.top_p, cfg.top_k)
-    longest = positions = model.config.max_position_embeddings
-    if not on_terminal:
-        prompts = usable_prompts(
-            cfg.prompts, problems[:cfg.num_prompts], tokenizer, cfg.max_new_tokens, positions,
-            vocab_size,
-        )
-        longest = max(map(len, prompts.values())) + cfg.max_new_tokens
-    # On the terminal standard output is for the answer alone.
-    with contextlib.redirect_stdout(sys.stderr if on_terminal else sys.stdout):
-        kind = choose_engine(cfg.engine, device)
-        engine = make_engine(kind, cfg, model, dtype, vocab_size, longest, sleeps=False)
-
-    if cfg.prompt is not None:
+    if on_terminal:
+        engine = HFEngine(model, dtype, vocab_size)
+        if cfg.chat:
+            return talk(engine, tokenizer, sampling, cfg.seed)
         question = [{"role": "user", "content": cfg.prompt}]
         return answer(engine, tokenizer, question, sampling, cfg.seed)
-    if cfg.chat:
-        return talk(engine, tokenizer, sampling, cfg.seed)
+
+    prompts = usable_prompts(
+        cfg.prompts, problems[:cfg.num_prompts], tokenizer, cfg.max_new_tokens,
+        model.config.max_position_embeddings, vocab_size,
+    )
+    longest = max(map(len, prompts.values())) + cfg.max_new_tokens
+    kind = choose_engine(cfg.engine, device)
+    engine = make_engine(kind, cfg, model, dtype, vocab_size, longest, sleeps=False)
 
     # 2. what is to be done: every (prompt, sample) that no shard holds
     settings = settings_of(cfg, engine, tokenizer, stops, problems)

@@ -37,7 +37,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import cached_file
 
-from utils import UserError, first_line, load_model_config, model_revision, write_lines
+from engine import model_revision
+from utils import UserError, first_line, load_model_config, write_lines
 
 SHARDS = "[0-9][0-9][0-9]_[0-9][0-9][0-9][0-9][0-9]"     # their names, before the suffix
 
@@ -69,7 +70,7 @@ def write_shard(path, rows, hidden, metadata, lines):
     Write a whole shard, or nothing of it.
 
     path: a Path that ends in .safetensors. rows: [Sampled]. hidden: one (n, H_t) tensor a row, or
-    []. metadata: {str: str}. lines: one dict a row, for the .jsonl file, which is written first.
+    []. metadata: {str: str}. lines: one dict a row, for the .jsonl file.
     Raises UserError where the disk is full or cannot be written; nothing is left behind then.
     """
     indices, samples, prompts, tokens, logps, stop_reasons = zip(*rows)
@@ -89,18 +90,19 @@ def write_shard(path, rows, hidden, metadata, lines):
 
     temporary = f"{path}.tmp"
     try:
-        write_lines(path.with_suffix(".jsonl"), lines, mode="w")
         save_file(tensors, temporary, metadata)
         with open(temporary) as file:
             os.fsync(file.fileno())     # a network disk may say only now that it is full
+        write_lines(path.with_suffix(".jsonl"), lines, mode="w")
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        for leftover in path.parent.glob(f"{path.stem}.*"):
-            leftover.unlink()
         raise UserError(
             f"cannot write {path}: {first_line(error)}; the shards before it are whole: make room "
             f"and start again with the same command"
         ) from error
+    finally:
+        for leftover in path.parent.glob(f"{path.stem}.*.tmp"):
+            leftover.unlink()
 
 
 class Shard:
@@ -115,9 +117,8 @@ class Shard:
             file = safe_open(path, "pt")
             self.settings = json.loads(file.metadata()["settings"])
             self.tensors = tensors = {name: file.get_tensor(name) for name in file.keys()}
-            self.begins = tensors["offsets"][:-1]
-            self.ends = tensors["offsets"][1:]
-            self.prompt_ends = self.begins + tensors["prompt_lengths"]
+            self.offsets = tensors["offsets"]
+            self.prompt_ends = self.offsets[:-1] + tensors["prompt_lengths"]
             # The (prompt index, sample) of each row.
             self.keys = [*zip(tensors["prompt_index"].tolist(), tensors["sample"].tolist())]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -125,7 +126,7 @@ class Shard:
                 f"{path} is damaged ({first_line(error)}); delete it and run sample.py again with "
                 f"its command: what it held is sampled again"
             ) from error
-        self.lengths = self.ends - self.prompt_ends     # (n,) tokens of each response
+        self.lengths = self.offsets[1:] - self.prompt_ends      # (n,) tokens of each response
         self.hidden_ends = self.lengths.cumsum(0)       # hidden has rows for response tokens only
 
     def must_match(self, settings, others, remedy):
@@ -139,14 +140,15 @@ class Shard:
 
     def __getitem__(self, row):
         tokens = self.tensors["tokens"]
+        begin, end = self.offsets[row:row + 2]
         middle = self.prompt_ends[row]
         hidden = self.tensors.get("hidden")
         if hidden is not None:
             last = self.hidden_ends[row]
             hidden = hidden[last - self.lengths[row]:last]
         return Response(
-            prompt=tokens[self.begins[row]:middle].tolist(),
-            tokens=tokens[middle:self.ends[row]].tolist(),
+            prompt=tokens[begin:middle].tolist(),
+            tokens=tokens[middle:end].tolist(),
             ended=bool(self.tensors["stopped"][row]),
             hidden=hidden,
         )
@@ -211,8 +213,8 @@ class Trajectories:
         tokens of its response pass `positions`, or an id in it is not below `vocab_size`.
         """
         for shard in self.shards:
-            cut = torch.minimum(shard.ends, shard.prompt_ends + horizon)
-            longest = (cut - shard.begins).max().item()
+            lengths = shard.tensors["prompt_lengths"] + shard.lengths.clamp(max=horizon)
+            longest = lengths.max().item()
             if longest > positions:
                 raise UserError(
                     f"{shard.path} has sequences of {longest} tokens, which pass "
@@ -253,19 +255,18 @@ def load_head(path, data):
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot read its LM head: {first_line(error)}") from error
 
-    made_by = data.settings["model"]
-    size = data.settings["hidden_size"]
-    if head.shape[1] != size:
+    made = data.settings
+    if head.shape[1] != made["hidden_size"]:
         raise UserError(
-            f"{data.folder} holds hidden states of {made_by}, of size {size}, the LM head of "
-            f"{path} takes {head.shape[1]}; set teacher={made_by!r}"
+            f"{data.folder} holds hidden states of {made['model']}, of size {made['hidden_size']}, "
+            f"the LM head of {path} takes {head.shape[1]}; set teacher={made['model']!r}"
         )
     ours = model_revision(path)
-    theirs = data.settings["revision"]
+    theirs = made["revision"]
     # A commit of the hub and the fingerprint of a folder have different lengths: not comparable.
     if ours != theirs and len(ours) == len(theirs):
         raise UserError(
-            f"{data.folder} holds hidden states of {made_by}, revision {theirs}; {path} is {ours}; "
-            f"set teacher to that one, or sample again"
+            f"{data.folder} holds hidden states of {made['model']}, revision {theirs}; {path} is "
+            f"{ours}; set teacher to that one, or sample again"
         )
     return head

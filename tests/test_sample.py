@@ -463,13 +463,13 @@ def test_half_a_character_waits(capsys, student, tokenizer):
     class Engine:
         model = student
 
-        def generate(self, prompts, sampling, seeds, on_token):
+        def stream(self, prompts, sampling, seeds, on_token):
             ids = tokenizer.encode("a€b", add_special_tokens=False)
             assert len(ids) == 5
             for token in ids:
                 on_token(0, token)
                 printed.append(capsys.readouterr().out)
-            return [(ids, [0.0] * 5, "stop")]
+            yield 0, ids, [0.0] * 5, "stop"
 
     printed = []
     question = [{"role": "user", "content": "?"}]
@@ -480,7 +480,7 @@ def test_half_a_character_waits(capsys, student, tokenizer):
 def test_chat(monkeypatch, capsys, tokenizer):
     """The conversation so far is the prompt; an empty line begins anew; a long one is refused."""
     lines = iter(["1+2+3?", "4+5+6?", "", "7+8+9?", "1" * 2100, ""])
-    seen, plain = [], HFEngine.generate
+    seen, plain = [], HFEngine.stream
 
     def read(prompt):
         try:
@@ -488,12 +488,12 @@ def test_chat(monkeypatch, capsys, tokenizer):
         except StopIteration as error:
             raise EOFError from error
 
-    def generate(self, prompts, *args, **options):
+    def stream(self, prompts, *args, **options):
         seen.append(tokenizer.decode(prompts[0]))
         return plain(self, prompts, *args, **options)
 
     monkeypatch.setattr("builtins.input", read)
-    monkeypatch.setattr(HFEngine, "generate", generate)
+    monkeypatch.setattr(HFEngine, "stream", stream)
     sample.main(["configs/toy_sample.py", "--chat", "--max_new_tokens=20"])
     first, second, third = seen
     assert first == "<|user|>1+2+3?<|assistant|>" and third == "<|user|>7+8+9?<|assistant|>"
