@@ -30,7 +30,7 @@ import sample  # noqa: E402  (needs the repository on the path)
 import train_distill  # noqa: E402
 import utils  # noqa: E402
 from data import toy  # noqa: E402
-from engine import HFEngine, Sampling  # noqa: E402
+from engine import HFEngine, Sampling, forward_flops  # noqa: E402
 
 PROMPTS, NEW_TOKENS = 64, 96
 ROUNDS, STEPS, WARMUP = 3, 10, 2
@@ -109,8 +109,8 @@ def decoding(student):
     tokenizer = utils.load_tokenizer(student)
     problems = utils.load_problems("data/toy/train.jsonl")[:PROMPTS]
     prompts = [utils.encode_prompt(tokenizer, problem["problem"]) for problem in problems]
-    engine = HFEngine(model)
-    sampling = Sampling(NEW_TOKENS, STOPS, vocab_size=272)
+    engine = HFEngine(model, vocab_size=272)
+    sampling = Sampling(NEW_TOKENS, STOPS)
     tokenizer.padding_side = "left"
     padded = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
 
@@ -154,7 +154,7 @@ def flops_ratio():
         config = Qwen3Config(
             hidden_size=hidden, num_hidden_layers=layers, intermediate_size=inner,
             num_attention_heads=heads, num_key_value_heads=8, head_dim=128, vocab_size=151936)
-        return utils.forward_flops(config, [92 + 128] * 32)
+        return forward_flops(config, [92 + 128] * 32)
 
     student = forward(1024, 28, 3072, 16)
     teacher = forward(2560, 36, 9728, 32)
