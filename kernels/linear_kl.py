@@ -1,24 +1,35 @@
 """
-Full-vocabulary KL from hidden states: linear layer -> log-sum-exp -> KL, without ever holding N x V logits.
+The KL divergence of two language models over the full vocabulary, computed from hidden states.
+The logits of all N tokens (N x V numbers) never exist: a chunk of tokens is handled at a time.
 
-N response tokens, V vocabulary, H / H_t hidden sizes of student q and teacher p, T temperature; z = logits / T, and
+N response tokens, V words in the vocabulary, H and H_t hidden sizes of student q and teacher p,
+T temperature, w the weight of a token, lam = reverse_weight, and logits z = h W^T / T:
 
-    log q = (z - max z) - log sum exp(z - max z)          d = log q - log p
-    forward KL(p||q) = sum_v  q - p - p d                 every term is >= 0: no sum of large numbers of both signs
+    log q = (z - max z) - log sum exp(z - max z)        d = log q - log p
+    forward KL(p||q) = sum_v  q - p - p d
     reverse KL(q||p) = sum_v  p - q + q d
-    d loss / d logit = w/T [ (1 - lam) (q - p) + lam q (d - KL(q||p)) ]                                    (Proposition 1)
+    d loss / d logit = w/T [ (1 - lam) (q - p) + lam q (d - KL(q||p)) ]         (Proposition 1)
 
-The gradient needs nothing from above the loss but a scalar, so it is computed in the forward, a chunk of C tokens at a time:
+The sum over q - p is 0. It is added because it makes every term positive or 0: a sum of large
+numbers of both signs would lose its digits.
 
-    Z_q = h_q W_q^T,  Z_p = h_p W_p^T                     two GEMMs, fp32 out                      2 N V (H + H_t) FLOPs
-    the row maths: Z_q, Z_p -> dZ, four numbers a token   one kernel: reads 8 V bytes twice, writes 2 V (bf16 dZ) a token
-    dh_q = dZ W_q,  dW_q += dZ^T h_q                      two GEMMs, fp32 sums                     4 N V H FLOPs
+The gradient needs nothing from above the loss but one number, so it is computed together with
+the loss. For each chunk:
 
-On a GPU the row maths is the Triton kernel `_kl_kernel`; elsewhere `_kl_rows_torch`, a block of rows at a time so that they
-stay in cache.
+    Z_q = h_q W_q^T,  Z_p = h_p W_p^T      two GEMMs, fp32 results       2 N V (H + H_t) FLOPs
+    Z_q, Z_p -> dZ, four sums a token      the row maths: a token reads 8 V bytes twice
+                                           and writes 2 V bytes (dZ in bf16)
+    dh_q = dZ W_q,  dW_q += dZ^T h_q       two GEMMs, fp32 sums          4 N V H FLOPs
+
+The file goes from specification to use: 1. `linear_kl_reference` says what is computed; 2. the
+row maths do it for a chunk of logits, by a Triton kernel on a GPU and by torch elsewhere; 3. the
+GEMMs; 4. `_LinearKL` joins them for autograd; 5. `linear_kl` is the function to call.
+
+A divergence of your own does not need this file: docs/step.md has a function of ten lines with
+ordinary autograd that holds the logits of one chunk at a time too.
 """
 
-# tl.constexpr below is not looked up where there is no Triton (other systems than Linux)
+# Without Triton (on other systems than Linux) the annotation tl.constexpr must not be looked up.
 from __future__ import annotations
 
 import torch
@@ -29,101 +40,91 @@ try:
 except ImportError:
     triton = tl = None
 
-CPU_BLOCK = 200_000                                      # logits in a block of the torch row maths: a few such stay in cache
-CHUNK_BYTES = 525 << 20, 6 << 30                         # for the logits of one chunk and their gradient: CPU, GPU
-TILE = 2048                                              # rows of a bf16 LM head upcast together on a CPU
-BLOCK, WARPS = 4096, 8                                   # of the kernels: <= 128 registers a thread, no spills on sm_90
+CHUNK_BYTES = 525 << 20, 6 << 30     # for a chunk's logits and their gradient: on a CPU, on a GPU
+CPU_BLOCK = 200_000                  # logits that torch handles together: they stay in cache
+TILE = 2048                          # rows of a bf16 LM head that a CPU converts to fp32 together
+BLOCK = 4096                         # words that a kernel handles together, and
+WARPS = 8                            # its warps: no register is spilled on an H100 (sm_90)
 
+
+# --------------------------------------------------------------------------- 1. the specification
 
 def linear_kl_reference(h_q, W_q, h_p, W_p, weight, reverse_weight, temperature=1.0):
-    """The specification. Arguments and results as in `linear_kl`; builds N x V tensors, differentiable by autograd."""
+    """Takes and returns what `linear_kl` does. It builds N x V tensors; autograd does the rest."""
     V = min(len(W_q), len(W_p))
-    log_q = torch.log_softmax(h_q @ W_q[:V].T / temperature, -1)                  # (N, V)
+    log_q = torch.log_softmax(h_q @ W_q[:V].T / temperature, -1)     # (N, V)
     log_p = torch.log_softmax(h_p @ W_p[:V].T / temperature, -1)
-    q, p, d = log_q.exp(), log_p.exp(), log_q - log_p
-    forward, reverse = -(p * d).sum(-1), (q * d).sum(-1)
+    q = log_q.exp()
+    p = log_p.exp()
+    d = log_q - log_p
+    forward = -(p * d).sum(-1)
+    reverse = (q * d).sum(-1)
     loss = (weight * (reverse_weight * reverse + (1 - reverse_weight) * forward)).sum()
     stats = (forward, reverse, -(q * log_q).sum(-1), -(p * log_p).sum(-1))
     return loss, *(s.detach() for s in stats)
 
 
-def linear_kl(h_q, W_q, h_p, W_p, weight, reverse_weight, temperature=1.0):
-    """
-    loss = sum_n weight[n] * (lam KL(q||p) + (1 - lam) KL(p||q)), lam = reverse_weight (Eq. 4), in nats.
-
-    h_q (N, H), W_q (V, H): student; gradients flow here only. h_p (N, H_t), W_p (V_t, H_t): teacher. weight (N,) carries mask
-    and normalisation; a row of weight 0 gets a gradient of exactly 0. Different vocabulary sizes are sliced to the smaller and
-    renormalised. GEMMs take the dtype of h_q and h_p; logits, sums and dW are fp32 (fp64 for fp64 inputs).
-
-    Returns (loss, forward KL, reverse KL, H(q), H(p)): a scalar and four (N,) tensors without gradient, at this temperature.
-    Under `torch.no_grad()` no gradient is computed. Nothing here waits for the device. One backward a forward: dW is scaled in
-    place. Raises ValueError on shapes, dtypes or devices that do not fit; float16 does not, its dZ would underflow.
-    """
-    _check("student", h_q, W_q)
-    _check("teacher", h_p, W_p)
-    if len(h_q) != len(h_p) or weight.shape != h_q.shape[:1] or not h_q.device == h_p.device == weight.device:
-        raise ValueError(f"one row a token, on one device: h_q {_show(h_q)}, h_p {_show(h_p)}, weight {_show(weight)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: must be positive")
-    with torch.cuda.device_of(h_q):                      # where Triton launches
-        return _LinearKL.apply(h_q, W_q, h_p, W_p, weight, float(reverse_weight), temperature, torch.is_grad_enabled())
-
-
-def _show(tensor):
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
-
-
-def _check(name, h, W):
-    if h.ndim != 2 or W.ndim != 2 or h.shape[1] != W.shape[1] or h.device != W.device or not {h.dtype, W.dtype} <= {
-            torch.float32, torch.bfloat16, torch.float64}:
-        raise ValueError(f"{name}: hidden states {_show(h)} do not fit the LM head {_show(W)}; they should be (N, H) and "
-                         f"(V, H) on one device, in float32, bfloat16 or float64")
-
-
-# ------------------------------------------------------------------------------------------------- row maths in Triton
+# -------------------------------------------------------------------- 2. the row maths, in Triton
 
 jit = triton.jit if triton else lambda function: function
 
 
 @jit
-def _kl_kernel(zq_ptr, zp_ptr, dz_ptr, weight_ptr, stats_ptr, V, z_stride, stats_stride, lam, inv_T,
-               GRAD: tl.constexpr, BLOCK: tl.constexpr):
-    """One token a program. Logits (C, V) fp32 -> dz (C, V) in the compute dtype, and forward KL, reverse KL, H(q), H(p)."""
+def _kl_kernel(zq_ptr, zp_ptr, dz_ptr, weight_ptr, stats_ptr, V, z_stride, stats_stride,
+               lam, inv_T, GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    """
+    One token a program. Reads the logits (C, V) in fp32 of both models. Writes a token's forward
+    KL, reverse KL, H(q) and H(p) to stats (4, C), and where GRAD its row of dZ (C, V).
+    """
     row = tl.program_id(0).to(tl.int64)                  # C * V passes 2^31 at C = 14135
     zq_ptr += row * z_stride
     zp_ptr += row * z_stride
     dz_ptr += row * z_stride
 
-    # 1. maxima, sums, and gap = sum e^{z_q - m_q} ((z_q - m_q) - (z_p - m_p)), online: when a maximum moves, what is summed
-    # already is rescaled, and gap shifted too
-    m_q, m_p = -1e30, -1e30                              # not -inf: exp(-inf - -inf) is NaN
+    # First pass over the vocabulary: the maxima m, the sums s = sum e^(z - m) of both models, and
+    #     gap = sum e^(z_q - m_q) ((z_q - m_q) - (z_p - m_p)).
+    # When a later block moves a maximum, what is summed already is rescaled, and gap is shifted.
+    m_q = -1e30                                          # not -inf: exp(-inf - -inf) is NaN
+    m_p = -1e30
     s_q, s_p, gap = 0.0, 0.0, 0.0
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         z_q = tl.load(zq_ptr + cols, mask=cols < V, other=-1e30) * inv_T
         z_p = tl.load(zp_ptr + cols, mask=cols < V, other=-1e30) * inv_T
-        n_q, n_p = tl.maximum(m_q, tl.max(z_q, 0)), tl.maximum(m_p, tl.max(z_p, 0))
-        x_q, x_p = z_q - n_q, z_p - n_p
-        e_q, shrink = tl.exp(x_q), tl.exp(m_q - n_q)
-        gap = shrink * (gap + ((m_q - n_q) - (m_p - n_p)) * s_q) + tl.sum(e_q * (x_q - x_p), 0)
+        n_q = tl.maximum(m_q, tl.max(z_q, 0))            # the new maxima
+        n_p = tl.maximum(m_p, tl.max(z_p, 0))
+        x_q = z_q - n_q
+        x_p = z_p - n_p
+        e_q = tl.exp(x_q)
+        shrink = tl.exp(m_q - n_q)
+        shift = (m_q - n_q) - (m_p - n_p)
+        gap = shrink * (gap + shift * s_q) + tl.sum(e_q * (x_q - x_p), 0)
         s_q = shrink * s_q + tl.sum(e_q, 0)
         s_p = tl.exp(m_p - n_p) * s_p + tl.sum(tl.exp(x_p), 0)
-        m_q, m_p = n_q, n_p
-    log_sq, log_sp = tl.log(s_q), tl.log(s_p)
+        m_q = n_q
+        m_p = n_p
+    log_sq = tl.log(s_q)
+    log_sp = tl.log(s_p)
     gap = gap / s_q                                      # KL(q||p) + log_sq - log_sp
 
-    # 2. the four sums and the gradient
+    # Second pass: the four sums and the gradient.
     scale = tl.load(weight_ptr + row) * inv_T            # of the gradient
     forward, reverse, H_q, H_p = 0.0, 0.0, 0.0, 0.0
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         x_q = tl.load(zq_ptr + cols, mask=cols < V, other=-1e30) * inv_T - m_q
         x_p = tl.load(zp_ptr + cols, mask=cols < V, other=-1e30) * inv_T - m_p
-        log_q, log_p = x_q - log_sq, x_p - log_sp
-        q, p, d = tl.exp(log_q), tl.exp(log_p), log_q - log_p
-        # for small d, q - p - p d = p (e^d - 1 - d) is a difference of near-equal numbers: its series
-        small, square = tl.abs(d) < 0.1, d * d
-        even, odd = square * (0.5 + square / 24), d * square * (1 / 6 + square / 120)
+        log_q = x_q - log_sq
+        log_p = x_p - log_sp
+        q = tl.exp(log_q)
+        p = tl.exp(log_p)
+        d = log_q - log_p
+        # For small d, q - p - p d = p (e^d - 1 - d) is a difference of nearly equal numbers.
+        # There its power series is used; even and odd are the terms with even and odd powers.
+        small = tl.abs(d) < 0.1
+        square = d * d
+        even = square * (0.5 + square / 24)
+        odd = d * square * (1 / 6 + square / 120)
         forward += tl.sum(tl.where(small, p * (even + odd), q - p - p * d), 0)
         reverse += tl.sum(tl.where(small, q * (even - odd), p - q + q * d), 0)
         H_q -= tl.sum(q * log_q, 0)
@@ -146,45 +147,71 @@ def _block(V):
     return dict(BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=WARPS)
 
 
-# -------------------------------------------------------------------------------------------- row maths, Triton or torch
+# ------------------------------------------------------------------ the row maths, Triton or torch
 
 def _kl_rows(z_q, z_p, weight, lam, T, stats, want_grad, dtype):
-    """Fills stats (4, C) from one chunk of logits (C, V); returns dZ (C, V) where wanted. Logits are overwritten on a CPU."""
+    """
+    Turns the logits z_q, z_p (C, V) of a chunk into stats (4, C), which is filled in place, and
+    dZ (C, V), the gradient in the student's logits, which is returned (None without want_grad).
+
+    The kernel writes dZ to a new tensor in `dtype`. On a CPU, where new memory is slow, dZ takes
+    the place of z_q, and z_p is overwritten too.
+    """
     C, V = z_q.shape
     if _on_triton(z_q):
-        dz = torch.empty_like(z_q, dtype=dtype) if want_grad else z_q
-        _kl_kernel[(C,)](z_q, z_p, dz, weight, stats, V, V, stats.stride(0), lam, 1 / T, GRAD=want_grad, **_block(V))
-        return dz if want_grad else None
-    room = z_q.new_empty(3, rows := max(1, min(C, CPU_BLOCK // V)), V)
+        dz = torch.empty_like(z_q, dtype=dtype) if want_grad else None
+        _kl_kernel[(C,)](
+            z_q, z_p, dz if want_grad else z_q, weight, stats, V, V, stats.stride(0),
+            lam, 1 / T, GRAD=want_grad, **_block(V))     # without GRAD it never touches dz
+        return dz
+    rows = max(1, min(C, CPU_BLOCK // V))                # handled together
+    room = z_q.new_empty(3, rows, V)                     # for q, p and products
     for i in range(0, C, rows):
-        block = slice(i, i + rows)
-        _kl_rows_torch(z_q[block], z_p[block], weight[block, None], lam, T, stats[:, block], want_grad, *room[:, :C - i])
-    return z_q
+        block = slice(i, i + rows)                       # the last one may be smaller
+        _kl_rows_torch(
+            z_q[block], z_p[block], weight[block, None], lam, T, stats[:, block],
+            want_grad, *room[:, :C - i])
+    return z_q if want_grad else None
 
 
 def _kl_rows_torch(z_q, z_p, weight, lam, T, stats, want_grad, q, p, room):
     """
-    The same for a block of rows, writing dZ over z_q; q, p and room are memory to use. q - p is (q + p) tanh(d / 2) here: near
-    d = 0 it, and with it both KLs' terms, keep their digits, and far from it nothing overflows. (A series there would need
-    torch.where, which takes 15 times as long as a product.)
+    The row maths for a few rows, in place: a product into memory in cache is what a CPU does fast.
+    weight is (C, 1). q, p and room are memory like z_q. With want_grad, z_q holds dZ at the end.
+
+    Here q - p is (q + p) tanh(d / 2), which keeps its digits near d = 0, as do both KLs' terms with
+    it, and overflows nowhere. (The kernel's series would need torch.where, which takes 15 times as
+    long as a product.)
     """
-    log_q, log_p = _log_softmax_(z_q, T, q), _log_softmax_(z_p, T, p)
-    torch.sum(torch.mul(q, log_q, out=room), -1, out=stats[2]).neg_()
-    torch.sum(torch.mul(p, log_p, out=room), -1, out=stats[3]).neg_()
-    d = log_q.sub_(log_p)
-    difference = torch.mul(d, 0.5, out=z_p).tanh_().mul_(torch.add(q, p, out=room))        # q - p
-    torch.sum(torch.addcmul(difference, p, d, value=-1, out=room), -1, out=stats[0]).clamp_(min=0)
-    torch.sum(torch.addcmul(difference, q, d, value=-1, out=room), -1, out=stats[1]).neg_().clamp_(min=0)
+    log_q = _log_softmax_(z_q, T, q)                     # log_q is z_q from here on, log_p is z_p
+    log_p = _log_softmax_(z_p, T, p)
+    forward, reverse, H_q, H_p = stats
+    torch.sum(torch.mul(q, log_q, out=room), -1, out=H_q).neg_()
+    torch.sum(torch.mul(p, log_p, out=room), -1, out=H_p).neg_()
+
+    d = log_q.sub_(log_p)                                # d is z_q from here on; z_p is free
+    q_minus_p = torch.mul(d, 0.5, out=z_p).tanh_()
+    q_minus_p.mul_(torch.add(q, p, out=room))
+
+    terms = torch.addcmul(q_minus_p, p, d, value=-1, out=room)       # q - p - p d
+    torch.sum(terms, -1, out=forward).clamp_(min=0)
+    terms = torch.addcmul(q_minus_p, q, d, value=-1, out=room)       # -(p - q + q d)
+    torch.sum(terms, -1, out=reverse).neg_().clamp_(min=0)
+
     if want_grad:
         scale = weight / T
-        d.sub_(stats[1][:, None]).mul_(q).mul_(lam * scale).addcmul_(difference, (1 - lam) * scale)
+        dz = d.sub_(reverse[:, None]).mul_(q).mul_(lam * scale)
+        dz.addcmul_(q_minus_p, (1 - lam) * scale)
         if (weight == 0).any():
-            d[weight[:, 0] == 0] = 0                     # even where a logit is not finite
+            dz[weight[:, 0] == 0] = 0                    # even where a logit is not finite
 
 
 def _log_softmax_(z, T, q):
-    """log q in place, and q. z - max and log(sum) are kept apart: one combined logsumexp costs the entropy its precision;
-    torch.log_softmax sums 150k terms one by one and is 6e-6 off."""
+    """
+    Makes z into log q in place, returns it, and fills q. Maximum and log of the sum are subtracted
+    one after the other: as one number (logsumexp) they would cost the entropy its precision, and
+    torch.log_softmax, which adds 150k terms one by one, is 6e-6 off.
+    """
     if T != 1:
         z.div_(T)
     torch.exp(z.sub_(z.amax(-1, keepdim=True)), out=q)
@@ -193,38 +220,49 @@ def _log_softmax_(z, T, q):
     return z.sub_(s.log())
 
 
-# --------------------------------------------------------------------------------------------- GEMMs with fp32 results
+# -------------------------------------------------------------------- 3. GEMMs with fp32 results
 
 def _wide(dtype):
+    """The dtype of logits and sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _head(W, V, dtype):
-    """The LM head as the GEMMs read it: in the compute dtype on a GPU, as it is on a CPU (upcast a tile at a time)."""
+    """The LM head for the GEMMs. On a CPU it stays as it is: `_mm` converts it tile by tile."""
     return W[:V].to(dtype) if W.is_cuda else W[:V]
 
 
 def _mm(a, b, out):
-    """out (M, N) fp32 (fp64) = a (M, K) @ b (K, N), accumulated in fp32. Logits are written into memory used before: on a CPU
-    a fresh tensor of 150 MB costs as much in page faults as its GEMM."""
+    """
+    out (M, N) = a (M, K) @ b (K, N), summed in the dtype of out, which is fp32 (or fp64). Writing
+    to memory used before saves page faults: on a CPU those of a fresh tensor of 150 MB cost as much
+    as its GEMM.
+    """
     if a.is_cuda and b.dtype != out.dtype:
         return torch.mm(a.to(b.dtype), b, out_dtype=out.dtype, out=out)
     a = a.to(out.dtype)
     if b.dtype == out.dtype:
         return torch.mm(a, b, out=out)
-    # a CPU has no out_dtype: upcast b (a bf16 LM head or its transpose) by tiles, never whole
+
+    # A CPU has no out_dtype. So b, a bf16 LM head or its transpose, is converted by tiles, never
+    # whole: along its longer side, which is the vocabulary.
     if b.shape[1] > b.shape[0]:
         for i in range(0, b.shape[1], TILE):
-            torch.mm(a, b[:, i:i + TILE].to(out.dtype), out=out[:, i:i + TILE])
+            tile = slice(i, i + TILE)
+            torch.mm(a, b[:, tile].to(out.dtype), out=out[:, tile])
         return out
     out.zero_()
     for i in range(0, len(b), TILE):
-        out.addmm_(a[:, i:i + TILE], b[i:i + TILE].to(out.dtype))
+        tile = slice(i, i + TILE)
+        out.addmm_(a[:, tile], b[tile].to(out.dtype))
     return out
 
 
 def _add_mm_(out, a, b, first):
-    """out (M, N) fp32 += a (M, K) @ b (K, N), without rounding the product first; where `first`, what was in out is ignored."""
+    """
+    out (M, N) += a (M, K) @ b (K, N) in fp32, without rounding the product before it is added.
+    The `first` product is not added: it replaces what was in out.
+    """
     beta = 0 if first else 1
     if a.is_cuda and b.dtype != out.dtype:
         return torch.addmm(out, a.to(b.dtype), b, out_dtype=out.dtype, beta=beta, out=out)
@@ -232,51 +270,124 @@ def _add_mm_(out, a, b, first):
 
 
 def _chunks(N, V, device):
-    """Slices of tokens whose logits are in memory together: W and dW are read and written once a chunk, so few and alike."""
-    most = max(128, min(4096, CHUNK_BYTES[device.type == "cuda"] // (10 * V)))
-    C = -(-N // -(-N // most)) if N else 1               # as many chunks as needed, then of equal size
-    return [slice(i, min(i + C, N)) for i in range(0, N, C)]
+    """
+    Slices of the tokens whose logits are in memory together. Each chunk reads W and updates dW
+    once, so there are as few as memory allows, and of equal size.
+    """
+    limit = CHUNK_BYTES[device.type == "cuda"] // (10 * V)   # two fp32 logits and a bf16 gradient
+    limit = max(128, min(4096, limit))
+    size = -(-N // -(-N // limit)) if N else 1               # -(-a // b) rounds a / b up
+    return [slice(i, min(i + size, N)) for i in range(0, N, size)]
 
 
 def _buffers(count, chunks, V, like, dtype):
-    """Room for the logits of one chunk, used again by the next."""
+    """Memory for the logits of one chunk, `count` times; the next chunk uses it again."""
     rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
     return [like.new_empty(rows, V, dtype=dtype) for _ in range(count)]
 
 
-# ------------------------------------------------------------------------------------------------- the autograd functions
+# ------------------------------------------------------------------------ 4. the autograd function
 
 class _LinearKL(torch.autograd.Function):
+    """The forward computes loss and gradients; the backward hands them out, times grad_loss."""
+
     @staticmethod
     def forward(ctx, h_q, W_q, h_p, W_p, weight, lam, T, grad_enabled):
-        N, V, wide = len(h_q), min(len(W_q), len(W_p)), _wide(h_q.dtype)
+        N, H = h_q.shape
+        V = min(len(W_q), len(W_p))
+        wide = _wide(h_q.dtype)
         want_dh, want_dW = (grad_enabled and need for need in ctx.needs_input_grad[:2])
-        head_q, head_p, weight = _head(W_q, V, h_q.dtype), _head(W_p, V, h_p.dtype), weight.to(wide).contiguous()
+        head_q = _head(W_q, V, h_q.dtype)
+        head_p = _head(W_p, V, h_p.dtype)
+        weight = weight.to(wide).contiguous()
+
         stats = h_q.new_empty(4, N, dtype=wide)          # forward KL, reverse KL, H(q), H(p)
         dh = torch.empty_like(h_q) if want_dh else None
         dW = torch.empty_like(W_q, dtype=wide) if want_dW else None
         if want_dW:
-            dW[V if N else 0:] = 0                       # words past the smaller vocabulary; the first chunk fills the rest
-        room_q, room_p = _buffers(2, chunks := _chunks(N, V, h_q.device), V, h_q, wide)
+            # Words past the smaller vocabulary have no gradient. The rest is overwritten by the
+            # first chunk, unless there is no token and so no chunk.
+            dW[V if N else 0:] = 0
+
+        chunks = _chunks(N, V, h_q.device)
+        room_q, room_p = _buffers(2, chunks, V, h_q, wide)
         for rows in chunks:
             C = rows.stop - rows.start
-            z_q, z_p = _mm(h_q[rows], head_q.T, room_q[:C]), _mm(h_p[rows], head_p.T, room_p[:C])        # (C, V) fp32
-            dz = _kl_rows(z_q, z_p, weight[rows], lam, T, stats[:, rows], want_dh or want_dW, h_q.dtype)
+            z_q = _mm(h_q[rows], head_q.T, room_q[:C])   # (C, V)
+            z_p = _mm(h_p[rows], head_p.T, room_p[:C])
+            dz = _kl_rows(
+                z_q, z_p, weight[rows], lam, T, stats[:, rows], want_dh or want_dW, h_q.dtype)
             if want_dh:
-                dh[rows] = _mm(dz, head_q, h_q.new_empty(C, h_q.shape[1], dtype=wide))
+                dh[rows] = _mm(dz, head_q, h_q.new_empty(C, H, dtype=wide))
             if want_dW:
                 _add_mm_(dW[:V], dz.T, h_q[rows], first=rows.start == 0)
+
         ctx.save_for_backward(dh, dW)
         ctx.dtypes = h_q.dtype, W_q.dtype
-        losses = weight * (lam * stats[1] + (1 - lam) * stats[0])
-        loss = losses.masked_fill(weight == 0, 0).sum()
-        ctx.mark_non_differentiable(*(outputs := tuple(stats)))
-        return loss, *outputs
+        forward, reverse, H_q, H_p = stats
+        losses = weight * (lam * reverse + (1 - lam) * forward)
+        losses = losses.masked_fill(weight == 0, 0)      # 0 x NaN would be NaN
+        ctx.mark_non_differentiable(forward, reverse, H_q, H_p)
+        return losses.sum(), forward, reverse, H_q, H_p
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_):
-        grads = ctx.saved_tensors
-        if grad_loss.is_cuda or grad_loss != 1:          # a second backward raises: dW may be 2.5 GB, so no copy is made
-            grads = [None if g is None else g.mul_(grad_loss) for g in grads]
-        return *[None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes)], *[None] * 6
+        # dW may be 2.5 GB, so it is scaled in place; a second backward then raises an error. On a
+        # GPU the comparison with 1 would wait for the device.
+        grads = [None] * 8                               # one for each argument of forward
+        scaling = grad_loss.is_cuda or grad_loss != 1
+        for i, grad in enumerate(ctx.saved_tensors):
+            if grad is not None:
+                if scaling:
+                    grad.mul_(grad_loss)
+                grads[i] = grad.to(ctx.dtypes[i])
+        return tuple(grads)
+
+
+# -------------------------------------------------------------------------- 5. the public function
+
+def linear_kl(h_q, W_q, h_p, W_p, weight, reverse_weight, temperature=1.0):
+    """
+    loss = sum_n weight[n] (lam KL(q||p) + (1 - lam) KL(p||q)),  lam = reverse_weight    (Eq. 4)
+
+    h_q (N, H), W_q (V, H)      hidden states and LM head of the student, which get gradients
+    h_p (N, H_t), W_p (V_t, H_t)    those of the teacher, which get none
+    weight (N,)                 mask and normalisation; a weight of 0 makes a gradient of exactly 0
+
+    If the vocabularies differ in size, the words of the smaller one are used and renormalised.
+    The GEMMs take the dtype of h_q and h_p; logits, sums and dW are fp32 (fp64 for fp64 inputs).
+
+    Returns (loss, forward KL, reverse KL, H(q), H(p)): the loss is a scalar, the others are (N,),
+    in nats, at this temperature and without gradient. Under `torch.no_grad()` no gradient is
+    computed. Nothing here waits for the GPU. After one forward there can be one backward.
+
+    Raises ValueError where shapes, dtypes or devices do not fit. float16 does not: dZ would
+    underflow in it.
+    """
+    _check("student", h_q, W_q)
+    _check("teacher", h_p, W_p)
+    same_device = h_q.device == h_p.device == weight.device
+    if len(h_q) != len(h_p) or weight.shape != h_q.shape[:1] or not same_device:
+        raise ValueError(
+            f"one row a token, on one device: h_q {_show(h_q)}, h_p {_show(h_p)}, "
+            f"weight {_show(weight)}")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: must be positive")
+    grad_enabled = torch.is_grad_enabled()               # inside the function it never is
+    with torch.cuda.device_of(h_q):                      # where Triton launches
+        return _LinearKL.apply(
+            h_q, W_q, h_p, W_p, weight, float(reverse_weight), temperature, grad_enabled)
+
+
+def _check(name, h, W):
+    shapes_fit = h.ndim == W.ndim == 2 and h.shape[1] == W.shape[1]
+    dtypes_fit = {h.dtype, W.dtype} <= {torch.float32, torch.bfloat16, torch.float64}
+    if not (shapes_fit and dtypes_fit and h.device == W.device):
+        raise ValueError(
+            f"{name}: hidden states {_show(h)} do not fit the LM head {_show(W)}; they should be "
+            f"(N, H) and (V, H) on one device, in float32, bfloat16 or float64")
+
+
+def _show(tensor):
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"

@@ -1,14 +1,17 @@
 """
-Log-probabilities of chosen tokens and the entropy of the full softmax, from hidden states: the N x V logits never exist.
+Log-probabilities of chosen tokens, and the entropy of the full softmax, from hidden states.
+As in linear_kl.py, the logits of all N tokens never exist.
 
-    logp = log q[id],  H(q) = log s - (sum e^x x) / s     x = z - max z,  s = sum e^x,  z = logits / T
+    logp = log q[id]                x = z - max z,  z = logits / T
+    H(q) = log s - (sum e^x x) / s                  s = sum e^x
     d logp / d logit = (onehot(id) - q) / T
 
-The same driver and GEMMs as `linear_kl`. The upstream gradient is one number a token, unknown in the forward, so the backward
-computes the logits of a chunk again: 8 N H V FLOPs in all.
+Chunks and GEMMs are those of linear_kl.py. One thing differs: what flows back is one number a
+token, which the forward does not know. So the backward computes the logits of each chunk again:
+8 N H V FLOPs in all, where `linear_kl` has 6 N H V for the student.
 """
 
-# tl.constexpr below is not looked up where there is no Triton (other systems than Linux)
+# Without Triton (on other systems than Linux) the annotation tl.constexpr must not be looked up.
 from __future__ import annotations
 
 import torch
@@ -29,40 +32,31 @@ from kernels.linear_kl import (
     tl,
 )
 
-
-def linear_logp(h, W, token_ids, temperature=1.0):
-    """
-    h (N, H), W (V, H), token_ids (N,) in [0, V): others raise on a CPU and give NaN on a GPU. Returns (logps (N,),
-    entropy (N,)), fp32, nats; the log-probs are differentiable in h and W, the entropy is not. Raises ValueError on shapes,
-    dtypes or devices that do not fit.
-    """
-    _check("model", h, W)
-    if token_ids.shape != h.shape[:1] or token_ids.device != h.device or token_ids.is_floating_point():
-        raise ValueError(f"one id a row, on one device: h {_show(h)}, token_ids {_show(token_ids)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: must be positive")
-    with torch.cuda.device_of(h):                        # where Triton launches
-        return _LinearLogp.apply(h, W, token_ids.contiguous(), temperature)
-
+# ---------------------------------------------------------------------- the row maths, in Triton
 
 @jit
 def _logp_kernel(z_ptr, ids_ptr, stats_ptr, V, stats_stride, inv_T, BLOCK: tl.constexpr):
-    """One token a program. Logits (C, V) fp32 -> log q[id], H(q), max z, log sum exp(z - max z)."""
+    """
+    One token a program. Reads the logits (C, V) in fp32; writes log q[id], H(q), max z and
+    log sum exp(z - max z) to stats (4, C).
+    """
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * V
     m, s, ex = -1e30, 0.0, 0.0                           # ex = sum e^x x, x = z - m
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         z = tl.load(z_ptr + cols, mask=cols < V, other=-1e30) * inv_T
-        n = tl.maximum(m, tl.max(z, 0))
+        n = tl.maximum(m, tl.max(z, 0))                  # the new maximum
         x = z - n
-        e, shrink = tl.exp(x), tl.exp(m - n)
+        e = tl.exp(x)
+        shrink = tl.exp(m - n)
         ex = shrink * (ex + (m - n) * s) + tl.sum(e * x, 0)
         s = shrink * s + tl.sum(e, 0)
         m = n
     log_s = tl.log(s)
     chosen = tl.load(ids_ptr + row)
-    z = tl.load(z_ptr + chosen, mask=(chosen >= 0) & (chosen < V), other=float("nan"))
+    in_range = (chosen >= 0) & (chosen < V)
+    z = tl.load(z_ptr + chosen, mask=in_range, other=float("nan"))
     tl.store(stats_ptr + row, z * inv_T - m - log_s)
     tl.store(stats_ptr + row + stats_stride, log_s - ex / s)
     tl.store(stats_ptr + row + 2 * stats_stride, m)
@@ -70,11 +64,14 @@ def _logp_kernel(z_ptr, ids_ptr, stats_ptr, V, stats_stride, inv_T, BLOCK: tl.co
 
 
 @jit
-def _logp_grad_kernel(z_ptr, dz_ptr, ids_ptr, grad_ptr, stats_ptr, V, stats_stride, inv_T, BLOCK: tl.constexpr):
-    """d log q[id] / d logit = (onehot(id) - q) / T, times the upstream gradient of the token."""
+def _logp_grad_kernel(z_ptr, dz_ptr, ids_ptr, grad_ptr, stats_ptr, V, stats_stride, inv_T,
+                      BLOCK: tl.constexpr):
+    """dZ (C, V) = (onehot(id) - q) / T, times the upstream gradient of the token."""
     row = tl.program_id(0).to(tl.int64)
-    m, log_s = tl.load(stats_ptr + row + 2 * stats_stride), tl.load(stats_ptr + row + 3 * stats_stride)
-    scale, chosen = tl.load(grad_ptr + row) * inv_T, tl.load(ids_ptr + row)
+    m = tl.load(stats_ptr + row + 2 * stats_stride)
+    log_s = tl.load(stats_ptr + row + 3 * stats_stride)
+    scale = tl.load(grad_ptr + row) * inv_T
+    chosen = tl.load(ids_ptr + row)
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         z = tl.load(z_ptr + row * V + cols, mask=cols < V, other=-1e30) * inv_T
@@ -82,44 +79,63 @@ def _logp_grad_kernel(z_ptr, dz_ptr, ids_ptr, grad_ptr, stats_ptr, V, stats_stri
         tl.store(dz_ptr + row * V + cols, dz.to(dz_ptr.dtype.element_ty), mask=cols < V)
 
 
+# ------------------------------------------------------------------ the row maths, Triton or torch
+
 def _logp_rows(z, token_ids, T, stats):
-    """Fills stats (4, C): log q[id], H(q), and what the gradient needs again, max z and log sum exp(z - max z)."""
+    """
+    Fills stats (4, C) from the logits z (C, V) of a chunk, which are overwritten: log q[id], H(q),
+    and what the gradient needs again, max z and log sum exp(z - max z).
+    """
+    C, V = z.shape
     if _on_triton(z):
-        _logp_kernel[(len(z),)](z, token_ids, stats, z.shape[1], stats.stride(0), 1 / T, **_block(z.shape[1]))
+        _logp_kernel[(C,)](z, token_ids, stats, V, stats.stride(0), 1 / T, **_block(V))
         return
     chosen = z.gather(-1, token_ids[:, None]).squeeze(-1) / T
-    for i in range(0, len(z), rows := max(1, CPU_BLOCK // z.shape[1])):
-        x = z[i:i + rows].div_(T)
+    logp, entropy, maximum, log_sum = stats
+    rows = max(1, CPU_BLOCK // V)                        # handled together
+    for i in range(0, C, rows):
+        block = slice(i, i + rows)
+        x = z[block].div_(T)
         m = x.amax(-1, keepdim=True)
         e = x.sub_(m).exp()
         s = e.sum(-1)
-        stats[1:, i:i + rows] = torch.stack([s.log() - x.mul_(e).sum(-1) / s, m.squeeze(-1), s.log()])
-    stats[0] = chosen - stats[2] - stats[3]
+        maximum[block] = m.squeeze(-1)
+        log_sum[block] = s.log()
+        entropy[block] = s.log() - x.mul_(e).sum(-1) / s
+    logp.copy_(chosen - maximum - log_sum)
 
 
 def _logp_grad_rows(z, token_ids, grad, T, stats, dtype):
-    """dZ (C, V) of log q[id] times the upstream gradient (C,)."""
+    """dZ (C, V) of log q[id], times the upstream gradient (C,). On a CPU it replaces z."""
+    C, V = z.shape
     if _on_triton(z):
         dz = torch.empty_like(z, dtype=dtype)
-        _logp_grad_kernel[(len(z),)](z, dz, token_ids, grad, stats, z.shape[1], stats.stride(0), 1 / T, **_block(z.shape[1]))
+        _logp_grad_kernel[(C,)](
+            z, dz, token_ids, grad, stats, V, stats.stride(0), 1 / T, **_block(V))
         return dz
+    maximum, log_sum = stats[2:, :, None]                # (C, 1) each
     scale = grad[:, None] / T
-    z.div_(T).sub_(stats[2][:, None]).sub_(stats[3][:, None]).exp_().mul_(-scale)
-    return z.scatter_add_(-1, token_ids[:, None], scale)
+    q = z.div_(T).sub_(maximum).sub_(log_sum).exp_()
+    return q.mul_(-scale).scatter_add_(-1, token_ids[:, None], scale)
 
+
+# --------------------------------------------------------------------------- the autograd function
 
 class _LinearLogp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, W, token_ids, T):
-        head = _head(W, len(W), h.dtype)
-        stats = h.new_empty(4, len(h), dtype=_wide(h.dtype))     # log q[id], H(q), max z, log sum exp(z - max z)
-        room, = _buffers(1, chunks := _chunks(len(h), len(W), h.device), len(W), h, stats.dtype)
+        N, V = len(h), len(W)
+        head = _head(W, V, h.dtype)
+        stats = h.new_empty(4, N, dtype=_wide(h.dtype))
+        chunks = _chunks(N, V, h.device)
+        room, = _buffers(1, chunks, V, h, stats.dtype)
         for rows in chunks:
-            z = _mm(h[rows], head.T, room[:rows.stop - rows.start])                        # (C, V) fp32
+            z = _mm(h[rows], head.T, room[:rows.stop - rows.start])      # (C, V)
             _logp_rows(z, token_ids[rows], T, stats[:, rows])
         ctx.save_for_backward(h, W, token_ids, stats)
         ctx.T = T
-        logps, entropy = stats[0].clone(), stats[1].clone()
+        logps = stats[0].clone()                         # stats is kept, and must not change
+        entropy = stats[1].clone()
         ctx.mark_non_differentiable(entropy)
         return logps, entropy
 
@@ -127,16 +143,44 @@ class _LinearLogp(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logps, _):
         h, W, token_ids, stats = ctx.saved_tensors
-        head, grad_logps = _head(W, len(W), h.dtype), grad_logps.contiguous()
+        N, V = len(h), len(W)
+        head = _head(W, V, h.dtype)
+        grad_logps = grad_logps.contiguous()
         want_dh, want_dW = ctx.needs_input_grad[:2]
         dh = torch.empty_like(h) if want_dh else None
-        dW = (torch.empty_like if len(h) else torch.zeros_like)(W, dtype=stats.dtype) if want_dW else None
-        room, = _buffers(1, chunks := _chunks(len(h), len(W), h.device), len(W), h, stats.dtype)
+        dW = torch.empty_like(W, dtype=stats.dtype) if want_dW else None
+        if want_dW and not N:
+            dW.zero_()                                   # else the first chunk overwrites it
+        chunks = _chunks(N, V, h.device)
+        room, = _buffers(1, chunks, V, h, stats.dtype)
         for rows in chunks:
             z = _mm(h[rows], head.T, room[:rows.stop - rows.start])
-            dz = _logp_grad_rows(z, token_ids[rows], grad_logps[rows], ctx.T, stats[:, rows], h.dtype)
+            dz = _logp_grad_rows(
+                z, token_ids[rows], grad_logps[rows], ctx.T, stats[:, rows], h.dtype)
             if want_dh:
-                dh[rows] = _mm(dz, head, h.new_empty(len(dz), h.shape[1], dtype=stats.dtype))
+                dh[rows] = _mm(dz, head, torch.empty_like(h[rows], dtype=stats.dtype))
             if want_dW:
                 _add_mm_(dW, dz.T, h[rows], first=rows.start == 0)
-        return dh, dW if dW is None else dW.to(W.dtype), None, None
+        return dh, dW.to(W.dtype) if want_dW else None, None, None
+
+
+# ----------------------------------------------------------------------------- the public function
+
+def linear_logp(h, W, token_ids, temperature=1.0):
+    """
+    h (N, H) hidden states, W (V, H) LM head, token_ids (N,) in [0, V): another id raises an error
+    on a CPU and gives NaN on a GPU, which is not waited for.
+
+    Returns (logps (N,), entropy (N,)), in nats, fp32 (fp64 for fp64 inputs), at this temperature.
+    The log-probabilities are differentiable in h and W, the entropy is not. Raises ValueError where
+    shapes, dtypes or devices do not fit.
+    """
+    _check("model", h, W)
+    wrong_place = token_ids.shape != h.shape[:1] or token_ids.device != h.device
+    if wrong_place or token_ids.is_floating_point():
+        raise ValueError(
+            f"one id a row, on one device: h {_show(h)}, token_ids {_show(token_ids)}")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: must be positive")
+    with torch.cuda.device_of(h):                        # where Triton launches
+        return _LinearLogp.apply(h, W, token_ids.contiguous(), temperature)

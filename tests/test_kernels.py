@@ -161,24 +161,24 @@ def test_by_hand(path):
 
 # Flips of a sign (or of a role) in the formulas, each of which must push a result away from fp64; the first flips nothing.
 FLIPS = {"linear_kl": [("", ""),
-    ("shrink * (gap + (", "shrink * (gap - ("), ("tl.sum(e_q * (x_q - x_p), 0)", "tl.sum(e_q * (x_q + x_p), 0)"),
+    ("shrink * (gap + shift", "shrink * (gap - shift"), ("tl.sum(e_q * (x_q - x_p), 0)", "tl.sum(e_q * (x_q + x_p), 0)"),
     ("tl.exp(m_p - n_p) * s_p", "tl.exp(n_p - m_p) * s_p"), ("p * (even + odd)", "p * (even - odd)"),
     ("q - p - p * d)", "q - p + p * d)"), ("q * (even - odd)", "q * (even + odd)"),
     ("p - q + q * d)", "p - q - q * d)"), ("H_q -= ", "H_q += "), ("H_p -= ", "H_p += "),
     ("(1 - lam) * (q - p) + lam * q * (", "(1 - lam) * (q - p) - lam * q * ("), ("(x_q - x_p) - gap)", "(x_q - x_p) + gap)"),
     ("(1 - lam) * (q - p) + lam", "(1 - lam) * (q + p) + lam"),
-    ("out=stats[2]).neg_()", "out=stats[2])"), ("out=stats[3]).neg_()", "out=stats[3])"),
+    ("out=H_q).neg_()", "out=H_q)"), ("out=H_p).neg_()", "out=H_p)"),
     ("torch.mul(d, 0.5, out=z_p)", "torch.mul(d, -0.5, out=z_p)"), ("torch.add(q, p, out=room)", "torch.sub(q, p, out=room)"),
-    ("difference, p, d, value=-1", "difference, p, d, value=1"),
-    ("difference, q, d, value=-1", "difference, q, d, value=1"),
-    ("d.sub_(stats[1]", "d.add_(stats[1]"),
+    ("q_minus_p, p, d, value=-1", "q_minus_p, p, d, value=1"),
+    ("q_minus_p, q, d, value=-1", "q_minus_p, q, d, value=1"),
+    ("d.sub_(reverse", "d.add_(reverse"),
     (".mul_(lam * scale)", ".mul_(-lam * scale)"), ("(1 - lam) * scale", "(lam - 1) * scale"),
     ("z.sub_(s.log())", "z.add_(s.log())"),
-    ("lam * stats[1] + (1 - lam) * stats[0]", "lam * stats[0] + (1 - lam) * stats[1]")],
+    ("lam * reverse + (1 - lam) * forward)", "lam * forward + (1 - lam) * reverse)")],
     "linear_logp": [("", ""),
     ("shrink * (ex + (m - n) * s)", "shrink * (ex - (m - n) * s)"), ("z * inv_T - m - log_s)", "z * inv_T - m + log_s)"),
     ("log_s - ex / s)", "log_s + ex / s)"), ("- tl.exp(z - m - log_s)", "+ tl.exp(z - m - log_s)"),
-    ("chosen - stats[2] - stats[3]", "chosen - stats[2] + stats[3]"), ("s.log() - x.mul_(e)", "s.log() + x.mul_(e)"),
+    ("chosen - maximum - log_sum", "chosen - maximum + log_sum"), ("s.log() - x.mul_(e)", "s.log() + x.mul_(e)"),
     (".mul_(-scale)", ".mul_(scale)")]}
 
 

@@ -15,51 +15,66 @@ def figure(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(plot.plt, "close", figures.append)
 
     def call(*argv):
-        monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, argv), f"--out={tmp_path / 'p.png'}"])
+        picture = tmp_path / "p.png"
+        monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, argv), f"--out={picture}"])
         plot.main()
-        assert (tmp_path / "p.png").stat().st_size > 5000
+        assert picture.stat().st_size > 5000
         return figures[-1], capsys.readouterr().out
     return call
 
 
 def evaluation(step, accuracy, entropy, model="student", **more):
-    return {"step": step, "model": model, "avg_at_k": accuracy, "pass_at_k": 1.0, "k": 4, "entropy": entropy,
-            "length": 40.0 + step, "entropy_before_box": 0.3, "entropy_after_box": None, "tokens_after_box": 3.0,
-            "truncated": 0.0, **more}
+    return {
+        "step": step, "model": model, "avg_at_k": accuracy, "pass_at_k": 1.0, "k": 4,
+        "entropy": entropy, "length": 40.0 + step, "entropy_before_box": 0.3,
+        "entropy_after_box": None, "tokens_after_box": 3.0, "truncated": 0.0, **more}
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A run with an evaluation at 0 and 20, an open gate at 10 and a closed one at 20; 0.5 TFLOPs a step."""
+    """
+    A run with evaluations at 0 and 20, an open gate at 10 and a closed one at 20; 0.5 TFLOPs a
+    step. Its last line is cut.
+    """
     rows = [evaluation(0, 0.9, 0.1, "teacher"), evaluation(0, 0.2, 0.4)]
     for step in range(1, 21):
         rows.append({"step": step, "loss": float(step), "horizon": 8, "tflops": step / 2})
         if step in (10, 20):
-            rows.append(evaluation(step, None, 0.25, "gate", gate="open" if step == 10 else "closed"))
+            gate = "open" if step == 10 else "closed"
+            rows.append(evaluation(step, None, 0.25, "gate", gate=gate))
     rows.append(evaluation(20, 0.6, 0.2))
     folder = tmp_path / "a"
     folder.mkdir()
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 21, "lo')
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(lines + '{"step": 21, "lo')
     return folder
 
 
 def points(axis, marker):
-    return [tuple(xy) for line in axis.lines if line.get_marker() == marker for xy in line.get_xydata()]
+    found = [line.get_xydata() for line in axis.lines if line.get_marker() == marker]
+    return [tuple(xy) for line in found for xy in line]
 
 
 def test_evaluations_gates_and_teacher(run, figure):
     fig, text = figure(run)
     accuracy, entropy, length, loss = fig.axes
-    assert points(accuracy, "o") == [(0, 0.2), (20, 0.6)] and points(length, "o") == [(0, 40), (20, 60)]
+    assert points(accuracy, "o") == [(0, 0.2), (20, 0.6)]
+    assert points(length, "o") == [(0, 40), (20, 60)]
     assert points(entropy, "o") == [(0, 0.4), (20, 0.2)]
-    assert points(entropy, "^") == [(10, 0.25)] and points(entropy, "X") == [(20, 0.25)]     # gates, on this panel only
-    assert not points(accuracy, "^") and not points(accuracy, "X")
-    assert [line.get_ydata()[0] for line in accuracy.lines if line.get_linestyle() == ":"] == [0.9]
+
+    assert points(entropy, "^") == [(10, 0.25)] and points(entropy, "X") == [(20, 0.25)]
+    assert not points(accuracy, "^") and not points(accuracy, "X")       # gates: one panel only
+    dotted = [line for line in accuracy.lines if line.get_linestyle() == ":"]
+    assert [line.get_ydata()[0] for line in dotted] == [0.9]
+
     raw, mean = loss.lines
     assert list(raw.get_ydata()) == list(range(1, 21))
-    assert mean.get_ydata()[4] == 3 and mean.get_ydata()[19] == 15.5                         # of 1 ... 5 and of 11 ... 20
+    assert mean.get_ydata()[4] == 3                                      # of 1 ... 5
+    assert mean.get_ydata()[19] == 15.5                                  # of 11 ... 20
+
     rows = [line.split() for line in text.splitlines()[1:]]
-    assert rows[0][:2] == ["Avg@4", "Pass@4"] and [row[0] for row in rows[1:]] == ["base", "distilled", "teacher"]
+    assert rows[0][:2] == ["Avg@4", "Pass@4"]
+    assert [row[0] for row in rows[1:]] == ["base", "distilled", "teacher"]
     assert rows[1][2] == "0.200" and rows[2][2] == "0.600" and rows[2][-1] == "10"
     assert max(map(len, text.splitlines()[1:])) <= 80
 
@@ -67,14 +82,16 @@ def test_evaluations_gates_and_teacher(run, figure):
 def test_rows_and_tflops(run, figure, tmp_path):
     other = tmp_path / "b"
     other.mkdir()
-    (other / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().replace("0.6", "0.7"))
-    fig, text = figure(run, "--row", other, run, "--y", "accuracy", "horizon", "--x", "tflops")
+    metrics = (run / "metrics.jsonl").read_text().replace("0.6", "0.7")
+    (other / "metrics.jsonl").write_text(metrics)
+    fig, _ = figure(run, "--row", other, run, "--y", "accuracy", "horizon", "--x", "tflops")
     assert len(fig.axes) == 4                            # two rows of two panels
     first, horizon, second, _ = fig.axes
     assert points(first, "o") == [(0, 0.2), (10, 0.6)] and first.get_xlabel() == "TFLOPs"
     assert points(second, "o") == [(0, 0.2), (10, 0.7), (0, 0.2), (10, 0.6)]
     assert list(horizon.lines[0].get_xdata())[:2] == [0.5, 1]
-    assert [t.get_text() for t in second.get_legend().get_texts()] == [str(other), "teacher", str(run)]
+    labels = [label.get_text() for label in second.get_legend().get_texts()]
+    assert labels == [str(other), "teacher", str(run)]
 
 
 def test_mistakes_are_one_line(run, figure, tmp_path):

@@ -1,0 +1,189 @@
+"""
+Does a run fit, and what does a step cost? Memory and FLOPs on paper, from the run's own config.
+
+    python estimate.py configs/toy_opd.py --gpu=False                    # on a CPU
+    python estimate.py configs/opd_8b.py --gpus 8 --max_new_tokens=2048
+
+It takes the configs of train_distill.py and of rl_grpo.py (those set group_size) and any
+--key=value. Of a model it reads config.json only. Nothing is measured but one thing, what autograd
+keeps of Qwen3 (tests/test_estimate.py counts it). vLLM writes the responses unless engine="hf" or
+--gpu=False. A folder of trajectories that is not there yet is taken to have hidden states.
+
+Memory of one GPU; `size` is 2 bytes in bf16 and 4 in fp32, n the number of the student's weights:
+
+    student                    16 n: fp32 weights, gradients and AdamW's two moments
+    teacher                    size x its weights; where its hidden states are cached, its LM head
+    reference (GRPO)           4 x its weights
+    KV cache                   vLLM: kv_cache_gb; transformers: 2 x layers x keys of a layer
+                               x size x rollout_rows x (prompt + response)
+    activations                max_tokens_per_microbatch x what a layer keeps of a token x layers
+    logits                     CHUNK_BYTES of kernels/linear_kl.py, and the head's fp32 gradient
+
+fsdp divides the models by the number of GPUs and gathers embedding, head, a layer and the next one.
+CUDA, NCCL and the graphs of vLLM take some GB more.
+
+FLOPs of a step on all GPUs together, F being one forward (`engine.forward_flops`): F of the writer
+for the responses, F of teacher or reference, 3 F of the student for each update (4 F with gradient
+checkpointing), 2 V H_t a response token for the LM head of a teacher with cached states.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import rl_grpo
+import train_distill
+from engine import attention_sizes, forward_flops
+from kernels.linear_kl import CHUNK_BYTES
+from trajectories import Trajectories
+from utils import UserError, first_line, load_config, load_model_config, run
+
+PROMPT = 92                          # tokens of a prompt: the mean in the paper (appendix H.1)
+
+
+@dataclasses.dataclass
+class Config(train_distill.Config, rl_grpo.Config):
+    group_size: int | None = None    # None: a config of train_distill.py
+    gpus: int = 1                    # `--gpus 8` is read too
+    gpu: bool = True                 # False: there is none, so transformers writes
+
+
+class Models(NamedTuple):
+    """Configs of a run's models, as transformers has them."""
+    student: Any
+    writer: Any                      # who writes the responses, if only those of evaluations
+    frozen: Any = None
+    kind: str = ""                   # of `frozen`: "teacher", "teacher's LM head" or "reference"
+
+
+def read_models(cfg):
+    """The Models that a run loads. UserError where a config.json is missing."""
+    def read(path):
+        try:
+            return load_model_config(path)
+        except (UserError, OSError) as error:
+            remedy = f"of {path} config.json is enough here, without weights"
+            raise UserError(f"{first_line(error)} ({remedy})") from error
+
+    student = read(cfg.student)
+    if cfg.group_size:
+        return Models(student, student, read(cfg.reference or cfg.student), "reference")
+    if cfg.teacher is None:
+        return Models(student, student)
+    teacher = read(cfg.teacher)
+    folder = cfg.trajectories
+    if folder is None:
+        writer = teacher if cfg.prefix == "teacher" else student
+        return Models(student, writer, teacher, "teacher")
+    cached = not Path(folder).exists() or Trajectories(folder, want_hidden=True).cached
+    return Models(student, student, teacher, "teacher's LM head" if cached else "teacher")
+
+
+def parameter_count(config):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+def gathered_at_once(config):
+    """Weights of a sharded model that are whole at a time: embedding and head, two layers."""
+    vocabulary = config.vocab_size * config.hidden_size
+    if not config.tie_word_embeddings:
+        vocabulary *= 2
+    return vocabulary + 2 * (parameter_count(config) - vocabulary) // config.num_hidden_layers
+
+
+def memory(cfg, models):
+    """
+    {part: bytes} on one GPU. Parts "rollouts: " and "update: " are not there at the same time;
+    the last entry is the larger sum.
+    """
+    student, writer, frozen, kind = models
+    hidden, layers = student.hidden_size, student.num_hidden_layers
+    keys = sum(attention_sizes(student))
+    horizon = max(cfg.horizons or [cfg.max_new_tokens])
+    size = getattr(torch, cfg.dtype).itemsize
+    sharded = cfg.fsdp and cfg.gpus > 1
+    shards = cfg.gpus if sharded else 1
+    vllm = cfg.engine == "vllm" or cfg.engine == "auto" and cfg.gpu
+    n = parameter_count(student)
+
+    always = {"student: fp32 weights, gradients, Adam": 16 * n // shards}
+    if kind == "teacher's LM head":
+        always[kind] = size * frozen.vocab_size * frozen.hidden_size
+    elif frozen:
+        always[kind] = (4 if kind == "reference" else size) * parameter_count(frozen) // shards
+    if size == 2 and not sharded and not (vllm and writer is student):
+        always["student: bf16 copy that writes"] = 2 * n
+
+    longest = max(horizon, cfg.eval_max_new_tokens if cfg.eval_every else 0)
+    weights = size * parameter_count(writer)
+    if vllm:                         # which keeps a head apart from the embedding
+        cache = int(cfg.kv_cache_gb * 1e9)
+        weights += size * writer.tie_word_embeddings * writer.vocab_size * writer.hidden_size
+    else:                            # which uses the weights that are there, gathered
+        cached_keys = writer.num_hidden_layers * attention_sizes(writer)[1]
+        cache = 2 * size * cached_keys * cfg.rollout_rows * (PROMPT + longest)
+        weights *= sharded
+    rollouts = {"rollouts: KV cache": cache, "rollouts: the engine's weights": weights}
+
+    if size == 4:                    # kept of a token by a layer
+        layer = 24 * hidden + 16 * (student.intermediate_size + keys)
+    else:
+        layer = 26 * hidden + 8 * student.intermediate_size + 10 * keys
+    token = layers * layer
+    if cfg.gradient_checkpointing:   # each layer's input, which autocast leaves in fp32; one layer
+        token = layers * hidden * (size if sharded else 4) + layer
+    update = {
+        "update: activations of a micro-batch": cfg.max_tokens_per_microbatch * token,
+        "update: logits of a chunk, gradient of the head":
+            CHUNK_BYTES[cfg.gpu] + 4 * student.vocab_size * hidden}
+    if sharded:
+        whole = (4 + size) * gathered_at_once(student)           # 4: gradients
+        if kind == "teacher":
+            whole += size * gathered_at_once(frozen)
+        update["update: gathered weights and gradients"] = whole
+    elif size == 2:
+        update["update: weights in bf16"] = 2 * n
+
+    most = sum(always.values()) + max(sum(rollouts.values()), sum(update.values()))
+    return always | rollouts | update | {"at most at a time": most}
+
+
+def flops(cfg, models):
+    """{part: FLOPs} of a step at the longest horizon, every response as long as it."""
+    student, writer, frozen, kind = models
+    rows = cfg.prompts_per_step * cfg.group_size if cfg.group_size else cfg.batch_size
+    horizon = max(cfg.horizons or [cfg.max_new_tokens])
+    lengths = [PROMPT + horizon] * rows
+    parts = {}
+    if frozen and not cfg.trajectories:
+        parts["writing the responses"] = forward_flops(writer, lengths)
+    if kind == "teacher's LM head":
+        parts[kind] = 2 * frozen.vocab_size * frozen.hidden_size * rows * horizon
+    elif frozen:
+        parts[kind] = forward_flops(frozen, lengths)
+    forwards = cfg.updates_per_batch * (4 if cfg.gradient_checkpointing else 3)
+    parts["student, forward and backward"] = forwards * forward_flops(student, lengths)
+    return parts | {"a step": sum(parts.values())}
+
+
+def main(argv):
+    if "--gpus" in argv:             # as torchrun has it; load_config wants --gpus=8
+        i = argv.index("--gpus")
+        argv[i:i + 2] = ["=".join(argv[i:i + 2])]
+    cfg, _ = load_config(Config, argv)
+    models = read_models(cfg)
+    device = "one GPU" if cfg.gpu else "the CPU"
+    print(f"memory of {device}, GB")
+    for part, size in memory(cfg, models).items():
+        print(f"  {part:<50}{size / 1e9:10.3f}")
+    print("FLOPs of a step, were every response as long as allowed, 10^12")
+    for part, count in flops(cfg, models).items():
+        print(f"  {part:<50}{count / 1e12:10.3f}")
+
+
+if __name__ == "__main__":
+    run(main, __doc__, Config)
