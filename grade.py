@@ -1,5 +1,9 @@
 """
-Is an answer right, and how good is a model: extracting and comparing answers, Pass@k, evaluations.
+Is an answer right, and how good is a model?
+
+The first half finds the answer in a response and compares it with the reference answer of the
+problem, the "gold" answer. It needs no torch: `from grade import grade` works anywhere.
+The second half samples responses from a model, grades and measures them, and sums up: `evaluate`.
 """
 
 import bisect
@@ -13,15 +17,11 @@ import select
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 
-import torch
-import torch.distributed as dist
-
-from engine import agree, check_gaps, score
-from utils import UserError, derive_seed
-
-# ------------------------------------------------------------------------------------------------------------- grading
+# ----------------------------------------------------------------------------------------- verdicts
 
 def grade(response, gold):
     """(verdict, reason) of one response: `grade_all` of one."""
@@ -30,223 +30,426 @@ def grade(response, gold):
 
 def grade_all(pairs, seconds=5.0):
     """
-    [(verdict, reason)] for (response, gold answer) pairs. The verdict is True, False, or None = ungraded: comparing took longer
-    than `seconds`, or crashed. Equal texts and integers are decided here, the rest by math-verify in worker processes.
+    [(verdict, reason)] for pairs (response, gold answer), all of them texts.
+
+    The verdict is True, False, or None = ungraded: comparing took longer than `seconds` or crashed.
+    Equal texts and integers are decided here, all else by math-verify in worker processes. Raises
+    UserError where math-verify is needed and cannot be imported.
     """
-    results, undecided = [], {}
-    for i, (response, gold) in enumerate(pairs):
-        answer = extract_answer(response)
-        results.append((False, "no answer") if answer is None else _compare(answer, gold))
-        if results[i] is None:
-            undecided.setdefault((normalise_answer(answer), normalise_answer(gold)), []).append(i)
-    if undecided:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        with ThreadPoolExecutor(min(len(undecided), workers)) as threads:
-            for rows, result in zip(undecided.values(), threads.map(lambda pair: _math_verify(*pair, seconds), undecided)):
-                for i in rows:
-                    results[i] = result
+    results = []
+    undecided = {}                      # {(answer, gold), normalised: where they are in `results`}
+    for row, (response, gold) in enumerate(pairs):
+        answer = extract_answer(response) or ""
+        result = _compare(answer, gold)
+        results.append(result)
+        if result is None:
+            key = normalise_answer(answer), normalise_answer(gold)
+            undecided.setdefault(key, []).append(row)
+    if not undecided:
+        return results
+
+    with ThreadPoolExecutor(min(len(undecided), _workers())) as threads:
+        verdicts = threads.map(lambda pair: _math_verify(*pair, seconds), undecided)
+        for rows, verdict in zip(undecided.values(), verdicts):
+            for row in rows:
+                results[row] = verdict
     return results
 
 
-_BOX = re.compile(r"\\(?:boxed|fbox)")
-_BRACES = re.compile(_BOX.pattern + r"(?:\s*\{|\s+([-+]?[\d.,/]*\d|[A-Z]\b))|\\.|[{}]", re.DOTALL)     # \{ is no brace
-_BETWEEN = re.compile(r"\$?\s*(?:,|,?\s*(?:and|or)\b)\s*\$?(?:[A-Za-z]\s*=\s*)?")     # boxes that are one answer
-_PHRASE = re.compile(r"(?im)(?<!to )\banswer\b(?: (?:to|for|of)\b[^.:=\n]{0,60}?| [a-z]{1,12})?\**\s*(?:\bis\b|[:=])"
-                     r"|^#+ *(?:final )?answer\b|^\**(?:final )?answer\**$")
-
-
-def extract_answer(response):
-    """
-    Text in the last whole \\boxed{} or \\fbox{}, nested braces included ("\\boxed{3} and \\boxed{5}" is one answer); else the
-    line after the last "####" that is no heading; else, to the end of its sentence, what follows the last "answer is",
-    "Answer:", "# Answer" or "A:"; else None.
-    """
-    boxes, opened = [], []                               # (start, end, content); for each open brace None, or a box's start
-    first = _BOX.search(response)
-    for token in _BRACES.finditer(response, first.start()) if first else ():
-        if token[0] == "}":
-            if opened and (box := opened.pop()) is not None and response[box.end():token.start()].strip():
-                boxes.append((box.start(), token.end(), response[box.end():token.start()]))
-        elif token[0][-1] == "{" and token[0] != "\\{":
-            opened.append(None if token[0] == "{" else token)
-        elif token[1]:                                   # \boxed 5
-            boxes.append((token.start(), token.end(), token[1]))
-    if boxes:
-        boxes.sort()
-        start, _, answer = boxes.pop()
-        while boxes and _BETWEEN.fullmatch(response[boxes[-1][1]:start]):
-            start, _, before = boxes.pop()
-            answer = f"{before}, {answer}"
-        return answer
-    for tail in reversed(re.findall(r"(?<!#)####(?!#)[^\S\n]*([^\n]+)", response)):
-        if not re.match(r"[^\w\\]*[A-Za-z]{3}", tail):    # "#### Step 2: add" is a heading
-            return tail
-    found = [*_PHRASE.finditer(response), *([] if re.search("(?m)^B:", response) else re.finditer("(?m)^A:", response))]
-    if found:
-        tail = response[max(match.end() for match in found):][:500].lstrip(" \n\t:*")
-        tail = tail.removeprefix("$$").removeprefix("\\[").lstrip()
-        sentence = re.split(r"(?<!\\)[.!?]\s|\n|[.!?]?$", tail, maxsplit=1)[0]
-        if len(re.findall("[A-Za-z]{3,}", re.split(r"[\d\\]", sentence, maxsplit=1)[0])) >= 2:
-            sentence = (re.findall(r"[-+]?\d[\d,./]*%?", sentence) or [sentence])[-1]       # "Janet makes $18 a day"
-        return sentence or None
-    return None
-
-
-_SYMBOLS = str.maketrans({
-    "−": "-", "–": "-", "×": "\\times ", "·": "\\cdot ", "÷": "/", "°": "^\\circ ", "∞": "\\infty ", "π": "\\pi ",
-    "√": "\\sqrt ", "²": "^2", "³": "^3", "½": "\\frac{1}{2}", "≤": "\\le ", "≥": "\\ge ", "∪": "\\cup ", "∅": "\\emptyset ",
-    "\xa0": " ", "~": " ", "£": "", "€": "", "¥": "", "₹": "", "¢": ""})
-_NUMBER = r"[-+]?(?:\d[\d.,]*|\.\d+)?(?:(?<=[\d.])|\\[dt]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d))"
-_COUNT = r"(?:hundred|thousand|million|billion|trillion|dozen)"
-# words after a number that are no unit: "3 halves", "3 squared", "3 less than x"
-_NO_UNIT = (rf"(?:{_COUNT}s?|half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten)ths?|squared|cubed|factorial|"
-            r"plus|minus|times|less than|more than|over|choose|sin|cos|tan|log|ln|sqrt|and|or|mod|if|where|for)\b")
-_RULES = [(re.compile(pattern), new) for pattern, new in (           # in this order
-    (r"\\?\$|USD\b|(?<!\\)\\(?:[][()!]|(?:left|right|[bB]ig+[lr]?|displaystyle)(?![A-Za-z]))", ""),
-    (r"(?<!\\)\\(?:[,;:> ]|q?quad\b)|\{ \}", " "), (r"\{,\}", ","), (r"\\varnothing", r"\\emptyset"),
-    (r"(?<![\w)])\*\*(.+?)\*\*", r"\1"), (r"(?<=[\w)])\*\*(?=[\w({-])", "^"), (r"\*\*", ""),        # bold; Python's power
-    (r"\\(?:underline|boxed|fbox|mathbf|textbf|textit|boldsymbol|mathsf|bm|[lL]arge)\s*\{([^{}]*)\}", r" \1 "),
-    (r"\\color\s*(?:\{\w+\}|\w+)", ""), (r"^\s*\\text\w*\s*\{([^{}]*\d[^{}]*)\}\s*$", r"\1"),
-    (r"^[\s*_`\"':]+|[\s*_`\"'.,;:\\]+$", ""),
-    (r"(?i)^(?:\\text\{)?(?:the )?(?:final )?answer(?: is|:)+\s*\}?", ""),
-    (r"\s*per ?cent\b", r"\\%"), (r"_\{?10\}?$", ""),
-    (r"\s*(?:\^\s*(?:\{\s*(?:\\circ|\\text\{o\})\s*\}|\\circ)|\\degree)\s*$", ""),
-    (r"^([-+]?\d+)\s+(\d+)/(\d+)\b", r"\1\\frac{\2}{\3}"),                              # 3 1/2
-    # "60 miles per hour", "15\text{ cm}^2", "5 km/h"
-    (rf"^({_NUMBER})\s*\\(?:text|mathrm|mbox)\s*\{{\s*(?!{_NO_UNIT})[A-Za-z][^{{}}\d]*\}}"
-     r"(?:\s*\^\s*\{?\d\}?)?$", r"\1"),
-    (rf"^({_NUMBER})\s+(?!{_NO_UNIT})(?:(?:[A-Za-z]{{3,}}|of|in|ft|[ckm]m|[km]g|yd|oz|lb)\b[\sA-Za-z./-]*|"
-     r"(?:[kcm]?[mg]|ft|mi)/\w+)(?:\^\s*\{?\d\}?)?$", r"\1"),
-    (r"^([-+]?[\d.]+)[eE]([-+]?\d{1,3})$", r"\1\\times 10^{\2}"), (r"(?<=\d)pi\b", r"\\pi"), (r"\s+", " "))]
-
-
-@functools.lru_cache(maxsize=4096)
-def normalise_answer(text):
-    """Without what never changes an answer: markup, spaces of LaTeX, currency and units, degrees, thousands separators."""
-    text = text.translate(_SYMBOLS)
-    for pattern, new in _RULES:
-        text = pattern.sub(new, text)
-    text = text.strip()
-    if re.fullmatch(r"[-+]?\d{1,3}(?:[, ]\d{3})+(?:\.\d+)?", text):
-        text = re.sub("[, ]", "", text)
-    more = rf"(?: (?!.*{_COUNT}|.*\b(?:one|two|three|four|five|six|seven|eight|nine|ten)\b)[a-z ]*)?"
-    if named := re.fullmatch(rf"({_NUMBER})\s*(?:\\text\s*\{{\s*)?({_COUNT})s?{more}\s*\}}?", text):
-        zeros = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}.get(named[2])
-        text = f"{named[1]} \\times " + (f"10^{{{zeros}}}" if zeros else "12")
-    return text
-
-
-def _compare(answer, gold):
-    """(verdict, reason) where texts or integers decide, else None."""
-    if answer == gold != "":
-        return True, "same text"
-    a, b = normalise_answer(answer), normalise_answer(gold)
-    if not a:
-        return False, "no answer"
-    plain, wanted = (re.sub(r"\s", "", re.sub(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}", r"\1", text)) for text in (a, b))
-    if plain == wanted or "%" in plain + wanted and plain.rstrip("\\%") == wanted.rstrip("\\%"):
-        return True, "same text"
-    if _INTEGER.fullmatch(a) and _INTEGER.fullmatch(b):
-        return (True, "same integer") if int(a) == int(b) else (False, "different integer")
-    if len(a) > 1000:
-        return False, "too long for an answer"
-    if re.fullmatch(r"[A-Z]|\([A-Z]\)", wanted):        # a choice: "(C)", "C: 5", "c"
-        choice = re.fullmatch(r"\(?([A-Za-z])(?:\)|[.:]|$)(?!.*(?:\b[A-Z]\b|\band\b|\bor\b)).*",
-                              re.sub(r"\\text\w*\s*\{|^\s+", "", a))
-        return (True, "same choice") if choice and choice[1].upper() == wanted.strip("()") else (False, "different choice")
-    if re.fullmatch("[a-z][A-Z]", wanted + plain):       # e and E; math-verify ignores case
-        return False, "different letter"
-    bases = [re.fullmatch(r"[\dA-F]+_\{?(\d+)\}?", text) for text in (a, b)]
-    # math-verify drops what it takes for units: tonnes, at-bats, "halves", the minutes after the hours
-    if re.fullmatch(_NUMBER, b) and "," not in b and re.search(
-            rf"\d(?:t|ab)$|\d\s*(?:\\text\{{\s*)?{_NO_UNIT}|^(?:[<>]|\\[lg]eq?\b)|"
-            r"\d\s*\\text\{[^{}]*[A-Za-z][^{}]*\}[^\d^]*\d", a):
-        return False, "more than a number"
-    if bases[0] and (not bases[1] or bases[0][1] != bases[1][1]):
-        return False, "different base"                   # math-verify drops what is written below
-    # "= 0" and the like: math-verify takes the right side of any equation for its value
-    if "=" in b and "=" not in a and _is_relation(b) or "=" in a and b == "0" and _is_relation(a):
-        return False, "an equation is no value"
-    if {"tuple", "collection"} == {_kind(a), _kind(b)}:
-        return False, "a tuple has an order"             # nor does it tell (1,2) from 1,2 and \{1,2\}
-    return None
-
-
-def _kind(text):
-    if "," in text and "=" not in text:
-        return "tuple" if re.fullmatch(r"\([^()]*\)", text) else None if re.search(r"[(\[]", text) else "collection"
-
-
-def _is_relation(text):
-    """Whether more than a name stands on the left: x = 5, f(2) = 5 and x_1 = 5 give a value, 2x + y = 5 does not."""
-    return bool(re.search(r"[-+*/\d]", re.sub(r"_\{?\w+\}?|\([^()]*\)|\^\{-1\}", "", text.partition("=")[0])))
-
-
-_INTEGER = re.compile(r"[-+]?\d{1,100}")                 # int() refuses thousands of digits
-
-# One comparison a line, in a process of its own: math-verify limits its time by signals, and sympy can hang or eat the memory.
-_GRADER = r"""
-import json, logging, os, resource, signal, sys
-out, sys.stdout = sys.stdout, sys.stderr
-resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-logging.disable(logging.WARNING)
-from math_verify import parse, verify
-from sympy import Expr, nan, oo, zoo
-def infinite(parsed):                                    # oo^9 - 17 is zero for sympy now and then, by what it has seen before
-    return any(isinstance(x, Expr) and x.has(oo, -oo, zoo, nan) for x in parsed)
-print("ready", file=out, flush=True)
-for line in sys.stdin:
-    signal.alarm(60)                                     # hanging on after its parent is dead
-    try:
-        gold, answer = (parse("\\boxed{%s}" % text, parsing_timeout=None) for text in json.loads(line))
-        result = bool(answer and gold) and infinite(answer) == infinite(gold) and verify(gold, answer, timeout_seconds=None)
-    except MemoryError:
-        os._exit(3)
-    except Exception:
-        result = False
-    signal.alarm(0)                                      # waiting for the next pair, it may take as long as it likes
-    print(json.dumps(bool(result)), file=out, flush=True)
-"""
-_graders = queue.SimpleQueue()                           # idle processes
-
-
-def _math_verify(answer, gold, seconds):
-    """(verdict, reason) by math-verify, or (None, why not)."""
-    try:
-        process = _graders.get_nowait()
-    except queue.Empty:
-        process = subprocess.Popen([sys.executable, "-c", _GRADER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                   stderr=subprocess.DEVNULL, text=True)
-        if process.stdout.readline() != "ready\n":
-            raise UserError("grading needs math-verify, and cannot import it: pip install 'math-verify>=0.9,<0.10'") from None
-    try:
-        process.stdin.write(json.dumps([gold, answer]) + "\n")
-        process.stdin.flush()
-        line = process.stdout.readline() if select.select([process.stdout], [], [], seconds)[0] else None
-    except OSError:                                      # it died before this pair
-        line = ""
-    if line:
-        _graders.put(process)
-        return (True, "equal for math-verify") if line == "true\n" else (False, "different for math-verify")
-    process.kill()
-    process.communicate()
-    return None, "comparison crashed" if line == "" else f"no verdict in {seconds:g} s"
+def _workers():
+    """The share of the machine's cores that this process may use: others may run under torchrun."""
+    if hasattr(os, "sched_getaffinity"):                # on Linux, where a container may have fewer
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1
 
 
 def pass_at_k(n, correct, k):
-    """Unbiased estimate of P(at least one of k samples is right) from n samples: 1 - C(n - c, k) / C(n, k)."""
+    """
+    Unbiased estimate, from n samples, of P(at least one of k samples is right):
+    1 - C(n - correct, k) / C(n, k). Raises ValueError unless 1 <= k <= n.
+    """
     if not 0 < k <= n:
         raise ValueError(f"k={k}: Pass@k needs 1 <= k <= n={n} samples per problem")
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-# ---------------------------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------ finding the answer
+
+def extract_answer(response):
+    """
+    The text of the answer in a response, or None. The first of these that there is:
+
+    1. what is in the last whole \\boxed{} or \\fbox{}, nested braces included. Neighbouring boxes
+       are one answer: "\\boxed{3} and \\boxed{5}" is "3, 5";
+    2. the line after the last "####" that is no heading: how GSM8K ends its solutions;
+    3. to the end of its sentence, what follows the last "answer is", "Answer:", "# Answer" or "A:".
+    """
+    return _last_box(response) or _after_hashes(response) or _after_phrase(response)
+
+
+# All that matters for finding where a box ends.
+_BOX_OR_BRACE = re.compile(r"""
+    (?P<open> (?P<box> \\(?:boxed|fbox)\s* )? \{ )         # \boxed{ or {
+  | \\(?:boxed|fbox)\s+ (?P<bare> [-+]?[\d.,/]*\d | [A-Z]\b )        # \boxed 5
+  | \\.                                                 # an escaped character: \{ is no brace
+  | (?P<close> \} )
+    """, re.VERBOSE | re.DOTALL)
+# What may stand between boxes that are one answer: a comma, "and", "or", and a name as in "x =".
+_BETWEEN = re.compile(r"\$?\s*(?:,|,?\s*(?:and|or)\b)\s*\$?(?:[A-Za-z]\s*=\s*)?")
+
+
+def _last_box(response):
+    first = re.search(r"\\(?:boxed|fbox)", response)
+    if not first:
+        return None
+    boxes = []                                          # (start, end, content)
+    opened = []                                         # the braces that are open
+    for token in _BOX_OR_BRACE.finditer(response, first.start()):
+        if token["open"]:
+            opened.append(token)
+        elif token["bare"]:
+            boxes.append((token.start(), token.end(), token["bare"]))
+        elif token["close"] and opened:
+            left = opened.pop()
+            content = response[left.end():token.start()]
+            if left["box"] and content.strip():
+                boxes.append((left.start(), token.end(), content))
+    if not boxes:
+        return None
+    boxes.sort()
+    start, _, answer = boxes.pop()
+    while boxes and _BETWEEN.fullmatch(response[boxes[-1][1]:start]):
+        start, _, before = boxes.pop()
+        answer = f"{before}, {answer}"
+    return answer
+
+
+def _after_hashes(response):
+    for tail in reversed(re.findall(r"(?<!#)####(?!#)[^\S\n]*([^\n]+)", response)):
+        if not re.match(r"[^\w\\]*[A-Za-z]{3}", tail):  # "#### Step 2: add" is a heading
+            return tail
+    return None
+
+
+_PHRASE = re.compile(r"""
+    # "the answer is", "answer to the question is", "**answer:**", but not "to answer this: ..."
+    (?<!to[ ]) \banswer\b (?: [ ](?:to|for|of)\b[^.:=\n]{0,60}? | [ ][a-z]{1,12} )?
+    \**\s* (?: \bis\b | [:=] )
+    # the heading "## Final answer"
+  | ^\#+[ ]* (?:final[ ])? answer\b
+    # the line "**Final answer**"
+  | ^\** (?:final[ ])? answer \**$
+    """, re.VERBOSE | re.IGNORECASE | re.MULTILINE)
+
+
+def _after_phrase(response):
+    found = list(_PHRASE.finditer(response))
+    if not re.search("(?m)^B:", response):              # else "A:" is a choice or a person
+        found += re.finditer("(?m)^A:", response)
+    if not found:
+        return None
+    start = max(match.end() for match in found)
+    tail = response[start:start + 500].lstrip(" \n\t:*")
+    tail = tail.removeprefix("$$").removeprefix("\\[").lstrip()
+    sentence = re.split(r"(?<!\\)[.!?]\s|\n|[.!?]?$", tail, maxsplit=1)[0]
+    # Where words come before the first number, the last number is the answer: "Janet makes $18".
+    beginning = re.split(r"[\d\\]", sentence, maxsplit=1)[0]
+    if len(re.findall("[A-Za-z]{3,}", beginning)) >= 2:
+        numbers = re.findall(r"[-+]?\d[\d,./]*%?", sentence)
+        sentence = numbers[-1] if numbers else sentence
+    return sentence or None
+
+
+# ----------------------------------------------------------------------------- one way of writing
+
+# Signs for which LaTeX or the keyboard has another way of writing; "~" is a space in LaTeX.
+_SYMBOLS = str.maketrans({
+    "−": "-", "–": "-", "×": "\\times ", "·": "\\cdot ", "÷": "/", "°": "^\\circ ",
+    "∞": "\\infty ", "π": "\\pi ", "√": "\\sqrt ", "²": "^2", "³": "^3", "½": "\\frac{1}{2}",
+    "≤": "\\le ", "≥": "\\ge ", "∪": "\\cup ", "∅": "\\emptyset ", "\xa0": " ", "~": " "})
+
+# Digits with points and commas, then perhaps a fraction: -1,234.5 or .5 or 1\frac{4}{5} or \frac12.
+_PART = r"\s*(?:\{[^{}]*\}|\d)"                         # of a fraction
+_NUMBER = rf"[-+]?(?:\d[\d.,]*|\.\d+)?(?:(?<=[\d.])|\\[dt]?frac{_PART}{_PART})"
+# Number words, by which a number is multiplied.
+_ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_COUNT = rf"(?:{'|'.join(_ZEROS)}|dozen)"
+# Words after a number that are no unit: "3 halves", "3 squared", "3 less than x".
+_NO_UNIT = (rf"(?:{_COUNT}s?|half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten)ths?"
+            r"|squared|cubed|factorial|plus|minus|times|less than|more than|over|choose"
+            r"|sin|cos|tan|log|ln|sqrt|and|or|mod|if|where|for)\b")
+# A power of a unit, with or without braces: ^2 or ^{2}.
+_POWER = r"\^\s*\{?\d\}?"
+
+# {what is written: what stands for it}, applied in this order: a rule relies on those before it.
+_RULES = {
+    # Currencies; LaTeX's brackets \( \) \[ \], its \! and sizes of brackets.
+    r"\\?\$|USD\b|[£€¥₹¢]"
+    r"|(?<!\\)\\(?:[][()!]|(?:left|right|[bB]ig+[lr]?|displaystyle)(?![A-Za-z]))": "",
+    # LaTeX's spaces, and a comma in braces, which keeps LaTeX from adding a space after it.
+    r"(?<!\\)\\(?:[,;:> ]|q?quad\b)|\{ \}": " ",
+    r"\{,\}": ",",
+    # Two commands for the empty set.
+    r"\\varnothing": r"\\emptyset",
+    # **bold**, then Python's power x**2, then asterisks without a partner.
+    r"(?<![\w)])\*\*(.+?)\*\*": r"\1",
+    r"(?<=[\w)])\*\*(?=[\w({-])": "^",
+    r"\*\*": "",
+    # Frames, fonts and colours.
+    r"\\(?:underline|boxed|fbox|mathbf|textbf|textit|boldsymbol|mathsf|bm|[lL]arge)"
+    r"\s*\{([^{}]*)\}": r" \1 ",
+    r"\\color\s*(?:\{\w+\}|\w+)": "",
+    # An answer that is all \text{} and holds a digit: its content.
+    r"^\s*\\text\w*\s*\{([^{}]*\d[^{}]*)\}\s*$": r"\1",
+    # Quotes and markup around the answer, punctuation after it.
+    r"^[\s*_`\"':]+|[\s*_`\"'.,;:\\]+$": "",
+    # "The answer is" within the box.
+    r"(?i)^(?:\\text\{)?(?:the )?(?:final )?answer(?: is|:)+\s*\}?": "",
+    # "percent" is a sign; base ten and degrees say nothing.
+    r"\s*per ?cent\b": r"\\%",
+    r"_\{?10\}?$": "",
+    r"\s*(?:\^\s*(?:\{\s*(?:\\circ|\\text\{o\})\s*\}|\\circ)|\\degree)\s*$": "",
+    # The mixed number 3 1/2.
+    r"^([-+]?\d+)\s+(\d+)/(\d+)\b": r"\1\\frac{\2}{\3}",
+    # A unit in \text{}: 15 \text{ cm}^2.
+    rf"^({_NUMBER})\s*\\(?:text|mathrm|mbox)\s*"
+    rf"\{{\s*(?!{_NO_UNIT})[A-Za-z][^{{}}\d]*\}}(?:\s*{_POWER})?$": r"\1",
+    # A unit in words or letters: 60 miles per hour, 18 ft^3, 5 km/h.
+    rf"^({_NUMBER})\s+(?!{_NO_UNIT})"
+    r"(?:(?:[A-Za-z]{3,}|of|in|ft|[ckm]m|[km]g|yd|oz|lb)\b[\sA-Za-z./-]*"
+    rf"|(?:[kcm]?[mg]|ft|mi)/\w+)(?:{_POWER})?$": r"\1",
+    # Python's exponent 1.5e3, and pi without a backslash.
+    r"^([-+]?[\d.]+)[eE]([-+]?\d{1,3})$": r"\1\\times 10^{\2}",
+    r"(?<=\d)pi\b": r"\\pi",
+    r"\s+": " ",
+}
+# Separators of thousands: 1,234,567.5 or 1 234 567.5.
+_SEPARATED = r"[-+]?\d{1,3}(?:[, ]\d{3})+(?:\.\d+)?"
+# A number and a number word, "2.5 \text{ million}" or "3 thousand eggs", but not "3 thousand five".
+_NAMED = (rf"({_NUMBER})\s*(?:\\text\s*\{{\s*)?({_COUNT})s?"
+          rf"(?: (?!.*{_COUNT}|.*\b(?:one|two|three|four|five|six|seven|eight|nine|ten)\b)[a-z ]*)?"
+          r"\s*\}?")
+
+
+@functools.lru_cache(maxsize=4096)
+def normalise_answer(text):
+    """
+    The answer without what never changes it: markup, spaces of LaTeX, currency and units, degrees,
+    separators of thousands; number words become powers of ten.
+    """
+    text = text.translate(_SYMBOLS)
+    for pattern, new in _RULES.items():
+        text = re.sub(pattern, new, text)
+    text = text.strip()
+    if re.fullmatch(_SEPARATED, text):
+        text = re.sub("[, ]", "", text)
+    if named := re.fullmatch(_NAMED, text):
+        number, word = named.groups()
+        factor = f"10^{{{_ZEROS[word]}}}" if word in _ZEROS else "12"
+        text = f"{number} \\times {factor}"
+    return text
+
+
+# ------------------------------------------------------------------------------------- comparing
+
+_INTEGER = r"[-+]?\d{1,100}"                            # int() refuses thousands of digits
+# What math-verify drops because it takes it for a unit, and so finds a number equal to more than a
+# number: tonnes and at-bats, "3 halves", an inequality, the minutes after the hours.
+_MORE_THAN_A_NUMBER = (rf"\d(?:t|ab)$|\d\s*(?:\\text\{{\s*)?{_NO_UNIT}|^(?:[<>]|\\[lg]eq?\b)"
+                       r"|\d\s*\\text\{[^{}]*[A-Za-z][^{}]*\}[^\d^]*\d")
+
+
+def _compare(answer, gold):
+    """(verdict, reason) where the texts or integers decide; None where math-verify has to."""
+    if answer == gold != "":
+        return True, "same text"
+    a, b = normalise_answer(answer), normalise_answer(gold)
+    if not a:
+        return False, "no answer"
+    plain, wanted = _plain(a), _plain(b)
+    # A per cent sign may be left out; whether 50% is 0.5 is for math-verify to say.
+    if plain.rstrip("\\%") == wanted.rstrip("\\%"):
+        return True, "same text"
+    if re.fullmatch(_INTEGER, a) and re.fullmatch(_INTEGER, b):
+        same = int(a) == int(b)
+        return same, "same integer" if same else "different integer"
+    if len(a) > 1000:
+        return False, "too long for an answer"
+    if re.fullmatch(r"[A-Z]|\([A-Z]\)", wanted):        # the gold answer is C or (C)
+        same = _choice(a) == wanted.strip("()")
+        return same, "same choice" if same else "different choice"
+
+    # What follows is where math-verify would find answers equal that are not.
+    if re.fullmatch("[a-z][A-Z]", wanted + plain):      # E for e: it ignores case
+        return False, "different letter"
+    if re.fullmatch(_NUMBER, b) and "," not in b and re.search(_MORE_THAN_A_NUMBER, a):
+        return False, "more than a number"
+    if _base(a) and _base(a) != _base(b):               # it drops what is written below
+        return False, "different base"
+    # It takes the right side of any equation for a value: 0, where the answer is x + y = 0.
+    if ("=" in b and "=" not in a and _is_relation(b)
+            or "=" in a and b == "0" and _is_relation(a)):
+        return False, "an equation is no value"
+    # It does not tell the tuple (1,2) from the numbers 1,2 or the set \{1,2\}.
+    if {"tuple", "collection"} == {_kind(a), _kind(b)}:
+        return False, "a tuple has an order"
+    return None
+
+
+def _plain(text):
+    """The text without spaces, and with the content of \\text{} in its place."""
+    text = re.sub(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}", r"\1", text)
+    return re.sub(r"\s", "", text)
+
+
+def _choice(text):
+    """The letter chosen, in upper case: of "(C)", "c", "C." or "C: 5", but not of "A and B"."""
+    text = re.sub(r"\\text\w*\s*\{|^\s+", "", text)
+    choice = re.fullmatch(
+        r"\(?([A-Za-z])(?:\)|[.:]|$)(?!.*(?:\b[A-Z]\b|\band\b|\bor\b)).*", text)
+    return choice and choice[1].upper()
+
+
+def _base(text):
+    """The base of a number such as 52_8 or 1A_{16}, as text, or None."""
+    number = re.fullmatch(r"[\dA-F]+_\{?(\d+)\}?", text)
+    return number and number[1]
+
+
+def _is_relation(text):
+    """Whether more than a name is on the left: x = 5, f(2) = 5 and x_1 = 5 only name a value."""
+    left = text.partition("=")[0]
+    return bool(re.search(r"[-+*/\d]", re.sub(r"_\{?\w+\}?|\([^()]*\)|\^\{-1\}", "", left)))
+
+
+def _kind(text):
+    """Of several things: a "tuple" in parentheses, an unordered "collection", or None = unclear."""
+    if "," not in text or "=" in text:
+        return None
+    if re.fullmatch(r"\([^()]*\)", text):
+        return "tuple"
+    return None if re.search(r"[(\[]", text) else "collection"
+
+
+# A worker is a process of its own that compares one pair a line: sympy, which math-verify uses, can
+# hang or eat the memory, and math-verify's own time limit works in the main thread only.
+_GRADER = r"""
+import json, logging, os, resource, signal, sys
+out, sys.stdout = sys.stdout, sys.stderr                # what libraries print is no verdict
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+logging.disable(logging.WARNING)
+from math_verify import parse, verify
+from sympy import Expr, nan, oo, zoo
+
+# For sympy oo^9 - 17 is zero now and then, depending on what it has seen before.
+def infinite(parsed):
+    return any(isinstance(x, Expr) and x.has(oo, -oo, zoo, nan) for x in parsed)
+
+print("ready", file=out, flush=True)
+for line in sys.stdin:
+    signal.alarm(60)                                    # ends it where its parent is dead
+    try:
+        gold, answer = (parse("\\boxed{%s}" % x, parsing_timeout=None) for x in json.loads(line))
+        result = (bool(answer and gold) and infinite(answer) == infinite(gold)
+                  and verify(gold, answer, timeout_seconds=None))
+    except MemoryError:
+        os._exit(3)
+    except Exception:
+        result = False
+    signal.alarm(0)                                     # it may wait for the next pair for long
+    print(json.dumps(bool(result)), file=out, flush=True)
+"""
+_graders = queue.SimpleQueue()                          # idle workers
+
+
+def _start_grader():
+    process = subprocess.Popen([sys.executable, "-c", _GRADER], text=True, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    if process.stdout.readline() != "ready\n":
+        from utils import UserError
+        raise UserError("grading needs math-verify, and cannot import it: "
+                        "pip install 'math-verify>=0.9,<0.10'")
+    return process
+
+
+def _math_verify(answer, gold, seconds):
+    """(verdict, reason) by math-verify, or (None, why there is no verdict)."""
+    try:
+        process = _graders.get_nowait()
+    except queue.Empty:
+        process = _start_grader()
+    try:
+        process.stdin.write(json.dumps([gold, answer]) + "\n")
+        process.stdin.flush()
+        ready, _, _ = select.select([process.stdout], [], [], seconds)
+        line = process.stdout.readline() if ready else None
+    except OSError:                                     # it died before this pair
+        line = ""
+    if line:
+        _graders.put(process)
+        equal = line == "true\n"
+        return equal, f"{'equal' if equal else 'different'} for math-verify"
+    process.kill()
+    process.communicate()
+    return None, "comparison crashed" if line == "" else f"no verdict in {seconds:g} s"
+
+
+# ------------------------------------------------------------------------------ measuring a model
+
+def respond(engine, tokenizer, problems, prompts, pairs, sampling, seed):
+    """
+    Sample, grade and measure responses of the engine's model: one record (a dict) for each of
+    `pairs` = [(index of the problem, number of the sample)].
+
+    problems[index]: {"problem", "answer"}, the answer None where there is no reference;
+    prompts[index]: the problem as token ids. A response depends on seed and pair alone. Entropies
+    are those of the full softmax at temperature 1, in nats, summed over a response's tokens.
+    """
+    from engine import check_gaps, score
+    from utils import derive_seed
+
+    asked = [prompts[index] for index, _ in pairs]
+    seeds = [derive_seed(seed, "eval", index, sample) for index, sample in pairs]
+    rollouts = engine.generate(asked, sampling, seeds)
+    entropies, gaps = score(engine, asked, rollouts)
+    check_gaps(engine, gaps)
+
+    records = []
+    for (index, sample), (tokens, _, reason), entropy in zip(pairs, rollouts, entropies):
+        after = tokens_after_box(tokenizer, tokens)
+        entropy_after = entropy[len(tokens) - (after or 0):]
+        response = tokenizer.decode(tokens, skip_special_tokens=True)
+        records.append({
+            "index": index,
+            "sample": sample,
+            "problem": problems[index]["problem"],
+            "answer": problems[index]["answer"],
+            "response": response,
+            "extracted": extract_answer(response),
+            "correct": None,
+            "reason": "no reference answer",
+            "length": len(tokens),
+            "entropy_sum": entropy.sum().item(),
+            "stop": tokenizer.decode(tokens[-1:]) if reason == "stop" else reason,
+            "tokens_after_box": after,
+            "entropy_after_box_sum": entropy_after.sum().item(),
+            "repetition": repetition(tokens),
+        })
+
+    graded = [record for record in records if record["answer"] is not None]
+    results = grade_all([(record["response"], record["answer"]) for record in graded])
+    for record, result in zip(graded, results):
+        record["correct"], record["reason"] = result
+    return records
+
 
 def tokens_after_box(tokenizer, tokens):
-    """Response tokens after the one that completes the first "\\boxed"; None when there is no box."""
-    first = bisect.bisect_left(range(len(tokens) + 1), True, key=lambda n: "\\boxed" in tokenizer.decode(tokens[:n]))
-    return len(tokens) - first if first <= len(tokens) else None
+    """How many tokens follow the one that completes the first "\\boxed"; None without a box."""
+    length = bisect.bisect_left(range(len(tokens) + 1), True,
+                                key=lambda n: "\\boxed" in tokenizer.decode(tokens[:n]))
+    return len(tokens) - length if length <= len(tokens) else None
 
 
 def repetition(tokens, n=8):
@@ -255,83 +458,90 @@ def repetition(tokens, n=8):
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-@torch.no_grad()
-def respond(engine, model, tokenizer, problems, prompts, pairs, sampling, seed, max_tokens, dtype=torch.float32, generate=None):
-    """
-    A record for each (index, sample) of `pairs`: the response of `model` to problems[index], of prompt ids prompts[index],
-    graded and measured. Entropies are of the full softmax at T = 1, in nats, summed over tokens. generate: engine.generate, or
-    what stands for it.
-    """
-    asked = [prompts[i] for i, _ in pairs]
-    rollouts = (generate or engine.generate)(asked, sampling, [derive_seed(seed, "eval", i, j) for i, j in pairs])
-    entropy, gaps = score(model, asked, rollouts, sampling.vocab_size, dtype, max_tokens)
-    check_gaps(engine, model, gaps)
-    responses = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens, _, _ in rollouts]
-    golds = [problems[i]["answer"] for i, _ in pairs]
-    verdicts = iter(grade_all([(response, gold) for response, gold in zip(responses, golds) if gold is not None]))
-    records = []
-    for (i, j), (tokens, _, reason), response, gold, h in zip(pairs, rollouts, responses, golds, entropy):
-        verdict, why = (None, "no reference answer") if gold is None else next(verdicts)
-        after = tokens_after_box(tokenizer, tokens)
-        records.append({
-            "index": i, "sample": j, "problem": problems[i]["problem"], "answer": gold, "response": response,
-            "extracted": extract_answer(response), "correct": verdict, "reason": why, "length": len(tokens),
-            "entropy_sum": h.sum().item(), "stop": tokenizer.decode(tokens[-1:]) if reason == "stop" else reason,
-            "tokens_after_box": after, "entropy_after_box_sum": h[len(tokens) - after:].sum().item() if after else 0.0,
-            "repetition": repetition(tokens)})
-    return records
+def verdicts_by_problem(records):
+    """{index of the problem: [True or False for each graded response]}."""
+    verdicts = {}
+    for record in records:
+        if record["correct"] is not None:
+            verdicts.setdefault(record["index"], []).append(record["correct"])
+    return verdicts
+
+
+def _ratio(total, count):
+    return total / count if count else None
+
+
+def _mean(values):
+    return _ratio(sum(values), len(values))
 
 
 def summarise(records):
     """
-    The numbers of one set of problems, from `respond`'s records.
+    The numbers of one set of problems, from `respond`'s records; None where there is nothing to
+    take a mean of.
 
-    k = responses to a problem. avg_at_k: over problems with graded responses, pass_at: {k': Pass@k'} over those with at least
-    k' graded responses, pass_at_k the last of these (None without any); ungraded responses count nowhere else. length and
-    median_length in tokens; entropy = mean over tokens (nats), also before and after the first \\boxed; truncated = share of
-    responses without a stop id; stop_reasons = shares; tokens_after_box over responses with a box; repetition = mean over
-    responses.
+    k                 responses to a problem
+    avg_at_k          mean over problems of the share of right responses among the graded ones
+    pass_at           {i: mean Pass@i over the problems with at least i graded responses}, i to k
+    pass_at_k         pass_at[k]
+    ungraded          responses whose comparison hung or crashed; they count for nothing above
+    length, median_length              tokens of a response
+    truncated, stop_reasons            shares of responses: without a stop token, by what ended them
+    entropy, entropy_before_box, entropy_after_box     mean over tokens, in nats; before and after
+                      the first \\boxed, over the responses with a box
+    tokens_after_box  mean over the responses with a box
+    repetition        mean over responses
     """
-    counts = {}                                          # index: (responses, graded ones, right ones)
-    for r in records:
-        n, g, c = counts.get(r["index"], (0, 0, 0))
-        counts[r["index"]] = n + 1, g + (r["correct"] is not None), c + (r["correct"] is True)
-    shares, k = [c / g for _, g, c in counts.values() if g], max(n for n, _, _ in counts.values())
-    whole = {i: [(g, c) for _, g, c in counts.values() if g >= i] for i in range(1, k + 1)}
-    pass_at = {i: sum(pass_at_k(g, c, i) for g, c in rows) / len(rows) if rows else None for i, rows in whole.items()}
-    boxed = [r for r in records if r["tokens_after_box"] is not None]
-    tokens, after = sum(r["length"] for r in records), sum(r["tokens_after_box"] for r in boxed)
-    before = sum(r["length"] for r in boxed) - after
-    entropy_after = sum(r["entropy_after_box_sum"] for r in boxed)
-    entropy_before = sum(r["entropy_sum"] for r in boxed) - entropy_after
-    stops = [r["stop"] for r in records]
+    responses = Counter(record["index"] for record in records)
+    k = max(responses.values())
+    verdicts = verdicts_by_problem(records).values()
+    pass_at = {}
+    for i in range(1, k + 1):
+        pass_at[i] = _mean([pass_at_k(len(v), sum(v), i) for v in verdicts if len(v) >= i])
+
+    lengths = [record["length"] for record in records]
+    entropy = sum(record["entropy_sum"] for record in records)
+    boxed = [record for record in records if record["tokens_after_box"] is not None]
+    after = sum(record["tokens_after_box"] for record in boxed)
+    before = sum(record["length"] for record in boxed) - after
+    entropy_after = sum(record["entropy_after_box_sum"] for record in boxed)
+    entropy_before = sum(record["entropy_sum"] for record in boxed) - entropy_after
+
+    stops = Counter(record["stop"] for record in records)
     return {
-        "avg_at_k": sum(shares) / len(shares) if shares else None, "pass_at_k": pass_at[k], "pass_at": pass_at,
-        "k": k, "problems": len(counts), "responses": len(records),
-        "ungraded": sum(r["correct"] is None and r["reason"] != "no reference answer" for r in records),
-        "length": tokens / len(records), "median_length": statistics.median(r["length"] for r in records),
-        "truncated": stops.count("length") / len(stops),
-        "stop_reasons": {stop: stops.count(stop) / len(stops) for stop in sorted(set(stops))},
-        "entropy": sum(r["entropy_sum"] for r in records) / tokens,
-        "entropy_before_box": entropy_before / before if before else None,
-        "entropy_after_box": entropy_after / after if after else None,
-        "tokens_after_box": after / len(boxed) if boxed else None,
-        "repetition": sum(r["repetition"] for r in records) / len(records)}
+        "avg_at_k": _mean([_mean(v) for v in verdicts]),
+        "pass_at_k": pass_at[k],
+        "pass_at": pass_at,
+        "k": k,
+        "problems": len(responses),
+        "responses": len(records),
+        "ungraded": sum(record["correct"] is None and record["reason"] != "no reference answer"
+                        for record in records),
+        "length": _mean(lengths),
+        "median_length": statistics.median(lengths),
+        "truncated": stops["length"] / len(records),
+        "stop_reasons": {stop: n / len(records) for stop, n in sorted(stops.items())},
+        "entropy": _ratio(entropy, sum(lengths)),
+        "entropy_before_box": _ratio(entropy_before, before),
+        "entropy_after_box": _ratio(entropy_after, after),
+        "tokens_after_box": _ratio(after, len(boxed)),
+        "repetition": _mean([record["repetition"] for record in records]),
+    }
 
 
-def evaluate(engine, model, tokenizer, problems, prompts, sampling, samples, seed, max_tokens, rank=0, world=1,
-             dtype=torch.float32, rescue=None):
+def evaluate(engine, tokenizer, problems, prompts, sampling, samples, seed):
     """
-    Sample `samples` responses a problem and measure them: (summary with the sampling settings, records), on every rank. rescue:
-    as in `agree`.
+    Sample `samples` responses to each problem and measure them: (summary with the settings of
+    sampling, records), the same on every rank. Each rank answers its share. Arguments as in
+    `respond`.
     """
-    pairs = [(i, j) for i in range(len(problems)) for j in range(samples)][rank::world]
-    records = respond(engine, model, tokenizer, problems, prompts, pairs, sampling, seed, max_tokens, dtype,
-                      functools.partial(agree, rescue, engine.generate))
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, records)
-        records = [record for part in parts for record in part]
-    records.sort(key=lambda r: (r["index"], r["sample"]))
-    return summarise(records) | {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
-                                 "max_new_tokens": sampling.max_new_tokens}, records
+    from utils import RANK, WORLD, all_gather
+
+    pairs = [(index, sample) for index in range(len(problems)) for sample in range(samples)]
+    records = all_gather(respond(
+        engine, tokenizer, problems, prompts, pairs[RANK::WORLD], sampling, seed))
+    records.sort(key=itemgetter("index", "sample"))
+    summary = summarise(records)
+    for key in ("temperature", "top_p", "top_k", "max_new_tokens"):
+        summary[key] = getattr(sampling, key)
+    return summary, records

@@ -4,6 +4,7 @@ Curves and a table from any set of runs.
     python plot.py out/toy_opd                           # writes out/toy_opd/curves.png
     python plot.py out/toy_opd out/toy_sft --y accuracy entropy length --x tflops --out compare.png
     python plot.py out/a out/b --row out/c out/d         # two rows of panels
+    python plot.py --eval out/eval_a out/eval_b          # bars, from eval_math.py's folders
 
 Each run folder holds metrics.jsonl. Its evaluations have accuracy (Avg@k), pass, entropy,
 entropy_before_box, entropy_after_box, length, truncated and tokens_after_box; the teacher's is a
@@ -20,6 +21,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
@@ -181,7 +183,54 @@ def table_rows(runs):
     return rows + list(teachers.values())
 
 
+def draw_evaluations(folders):
+    """
+    Bars of accuracy and response length from the results.json of eval_math.py's folders, a group
+    for each folder and benchmark. Written to results.png in the first folder.
+    """
+    labels = []
+    rows = []
+    for folder in folders:
+        path = Path(folder) / "results.json"
+        if not path.is_file():
+            sys.exit(f"error: no {path}; give folders that eval_math.py has written to the end")
+        for name, row in json.loads(path.read_text())["results"].items():
+            labels.append(f"{Path(folder).name}\n{name}, k = {row['k']}")
+            rows.append(row)
+
+    def column(key):
+        return np.array([row[key] for row in rows], float)      # None is NaN: a bar left out
+
+    averages = column("avg_at_k")
+    intervals = np.array([row["avg_interval"] or (None, None) for row in rows], float)
+    reach = np.abs(intervals.T - averages)              # (2, rows): below and above the average
+    x = np.arange(len(rows))
+    size = (max(8, 3 * len(rows)), 3)
+    figure, (accuracy, length) = plt.subplots(1, 2, figsize=size, layout="constrained")
+    accuracy.bar(x - 0.2, averages, 0.4, yerr=reach, color="C0", ecolor="0.2", capsize=3,
+                 label="Avg@k, 95 % interval")
+    accuracy.bar(x + 0.2, column("pass_at_k"), 0.4, color="C1", label="Pass@k")
+    length.bar(x - 0.2, column("length"), 0.4, color="C2", label="mean")
+    length.bar(x + 0.2, column("median_length"), 0.4, color="C3", label="median")
+
+    accuracy.set_ylim(0, 1.25)                          # room for the legend
+    accuracy.set_yticks(np.arange(0, 1.01, 0.2))
+    length.set_ylim(0, 1.25 * length.get_ylim()[1])
+    for axis, title in ((accuracy, "accuracy"), (length, "response length (tokens)")):
+        axis.set_xticks(x, labels, fontsize=8)
+        axis.set_xlim(-1, len(rows))
+        axis.set_title(title, fontsize=10)
+        axis.legend(frameon=False, ncols=2, loc="upper center", fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    out = Path(folders[0]) / "results.png"
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+    print(f"wrote {out}")
+
+
 def main():
+    if sys.argv[1:2] == ["--eval"] and sys.argv[2:]:
+        return draw_evaluations(sys.argv[2:])
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders")

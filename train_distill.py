@@ -4,460 +4,684 @@ Distil a teacher LLM into a smaller student.
     python train_distill.py configs/toy_opd.py                        # CPU, about two minutes
     torchrun --nproc_per_node=8 train_distill.py configs/opd_8b.py    # Qwen3-8B -> Qwen3-0.6B-Base
 
-p = teacher, q = student: next-token distributions at each response token, after a prefix s = prompt + response so far.
+p = teacher, q = student: next-token distributions at each response token, after a prefix
+s = prompt + response so far.
     prefix           who wrote the response the loss is taken on: "teacher" or "student"
-    reverse_weight   lam in  L(s) = lam KL(q||p) + (1 - lam) KL(p||q)                                        (Eq. 4)
+    reverse_weight   lam in  L(s) = lam KL(q||p) + (1 - lam) KL(p||q)                      (Eq. 4)
 
                      lam = 0, forward KL(p||q)          lam = 1, reverse KL(q||p)
     "teacher"        off-policy SFT, soft labels        offline-RL style
     "student"        DAgger style                       OPD: on-policy distillation
 
-Nothing is differentiated through sampling: prefixes are data. The teacher's come from disk (trajectories, written by sample.py;
-with cached hidden states only the teacher's LM head is loaded) or are written step by step. teacher=None is SFT on hard labels,
-the trajectories or the solutions in the prompt file: the Monte-Carlo form of forward KL on teacher prefixes.
-
-horizons = (128, 256, ...) is the entropy-gated length curriculum (section 5.2), for any prefix and direction: after
-steps_per_horizon steps on a rung the next one opens only if the entropy of the student's own responses, to held-out prompts and
-as long as the rung, has not fallen below a floor.
-
-Where the paper (arXiv 2605.16826) is silent or contradicts itself, we
-  - take the KL over the full vocabulary (its appendix D speaks of a sampled estimate, its sections 3 and G.4 of the full one);
-  - average over all response tokens of the step, whatever the ranks and micro-batches (loss_norm = "sequence" for the other);
-  - keep fp32 master weights under bf16 compute: at lr 5e-7 pure bf16 weights lose most updates;
-  - sample with top_p = 1, top_k = 0 by default, so that prefixes really come from q; the paper's 0.95 / 20 are in its configs;
-  - end a student's response on the stop ids of either model (stop = "union"): a Base student and a chat teacher end their turns
-    with different ids, and on its own id alone (stop = "student") a student that has learned the teacher's never stops. What
-    the teacher writes always ends on either;
-  - cache the teacher's last hidden states, not its logits: 37 to 59 times smaller, and exact;
-  - look at the gate once, at the end of a rung; closed, it stays closed. The floor is half the entropy after the first rung.
+Nothing is differentiated through sampling: prefixes are data. N response tokens are in a
+micro-batch, H and H_t are the hidden sizes of student and teacher, V and V_t their vocabularies.
 """
 
 import dataclasses
 import functools
 import math
-import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from torch.utils.checkpoint import checkpoint as checkpointed
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
-import trajectories
-import utils
-from engine import Sampling, agree, check_logprobs, choose_engine, make_engine
+from engine import Sampling, check_logprobs, choose_engine, forward_flops, make_engine
 from grade import evaluate
 from kernels import linear_kl, linear_logp
-from utils import Timer, UserError
+from trajectories import Response, Trajectories, load_head
+from utils import (
+    Timer,
+    UserError,
+    all_reduce,
+    catch_signals,
+    check_ranges,
+    check_tokenizers,
+    derive_seed,
+    end_by_signal,
+    init_processes,
+    lm_head,
+    load_config,
+    load_model,
+    load_optimizer,
+    load_problems,
+    load_tokenizer,
+    log_evaluation,
+    microbatches,
+    need,
+    open_run,
+    print0,
+    print_row,
+    prompt_order,
+    response_hidden,
+    run,
+    save_checkpoint,
+    signal_received,
+    start_run,
+    stop_ids,
+    stop_unless_finite,
+    sum_gradients,
+    usable_prompts,
+    write_lines,
+)
 
 
 @dataclasses.dataclass
 class Config:
-    # what is trained on what
-    student: str = "Qwen/Qwen3-0.6B-Base"                # folder or hub name
-    teacher: str | None = "Qwen/Qwen3-4B"                # None: hard-label SFT on the prompt file's solutions
-    prompts: str = "data/deepscaler.jsonl"               # JSONL with problem / answer (and solution), or question / answer
-    trajectories: str | None = None                      # folder that sample.py wrote, for prefix="teacher"; None: the teacher
-                                                         # writes them step by step
+    # a first run needs these
+    student: str = "Qwen/Qwen3-0.6B-Base"  # folder or hub name
+    teacher: str | None = "Qwen/Qwen3-4B"  # None: SFT on hard labels, no teacher
+    prompts: str = "data/deepscaler.jsonl"  # JSONL with problem, answer (and solution)
+    trajectories: str | None = None  # what sample.py wrote; None: the teacher writes anew each step
     prefix: Literal["teacher", "student"] = "student"
-    reverse_weight: float = 1.0                          # lam in [0, 1]
-    loss_norm: Literal["token", "sequence"] = "token"    # mean over tokens, or mean of per-sequence means
-    # rollouts
-    engine: Literal["auto", "hf", "vllm"] = "auto"       # who decodes: transformers, or vLLM; auto: vLLM on a GPU
-    max_new_tokens: int = 4096                           # the horizon, stop token included
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0                                       # 0: all tokens
-    stop: Literal["union", "student"] = "union"          # whose stop ids end a student's response
-    rollout_rows: int = 32                               # responses decoded together; bounds the KV cache of engine="hf": 0.6B,
-                                                         # 4096 tokens and 32 rows hold 15 GB
-    kv_cache_gb: float = 16.0                            # of vLLM; it is given back while the trainer computes
-    rollout_timeout: float = 600.0                       # seconds without a sign of life before vLLM is given up
-    check_sync_every: int = 50                           # steps; then the engine's log-probs are compared with the trainer's
-    max_logprob_gap: float | None = None                 # nats, mean over tokens; None: 0.05 in bf16, 1e-4 in fp32
-    # entropy-gated length curriculum (section 5.2)
-    horizons: tuple[int, ...] = ()                       # rungs, short to long; (): max_new_tokens throughout
-    steps_per_horizon: int = 160                         # updates on a rung before its gate; the last rung has the rest
-    gate_prompts: int = 200                              # the first so many of eval_data; one response each at T = 1, top_p and
-                                                         # top_k as above, as long as the rung's horizon
-    entropy_floor: float = 0.5                           # H_min: a fraction of the first rung's entropy at its end, or nats
-    floor_unit: Literal["first_rung", "nats"] = "first_rung"
-    on_gate_closed: Literal["hold", "stop", "rollback"] = "hold"     # go on at the rung that failed; end there; or go back to
-                                                         # weights, optimiser and horizon of the rung before, if any, and go on
-    # optimisation
-    batch_size: int = 32                                 # prompts a step over all ranks, one response each
+    reverse_weight: float = 1.0  # lam in [0, 1]
+    loss_norm: Literal["token", "sequence"] = "token"  # mean over tokens, or of sequence means
+    max_new_tokens: int = 4096  # the horizon, stop token included
+    batch_size: int = 32  # prompts a step over all ranks, one response each
     max_steps: int = 1000
     learning_rate: float = 5e-7
-    warmup_steps: int = 50                               # linear, then constant
+    out_dir: str = "out/distill"
+    # optimisation
+    warmup_steps: int = 50  # linear, then constant
     weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"   # compute; master weights are always fp32
-    max_tokens_per_microbatch: int = 16384               # padded tokens in one forward; does not change the result
-    gradient_checkpointing: bool = False                 # keep a layer's input only, and run it again in the backward
-    # processes (torchrun)
-    fsdp: bool = False                                   # shard student and teacher over them; else each holds both whole
-    collective_timeout: float = 1800.0                   # seconds one waits for the others before all end
+    max_grad_norm: float = 1.0  # inf never clips
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # compute; master weights are always fp32
+    max_tokens_per_microbatch: int = 16384  # padded tokens in a forward; the result is the same
+    gradient_checkpointing: bool = False  # keep a layer's input only, run it again in the backward
     # evaluation on a fixed held-out set
     eval_data: str = "data/math500.jsonl"
-    eval_every: int = 30                                 # steps; 0: never
-    eval_prompts: int = 200                              # the first so many of eval_data
-    eval_samples: int = 1                                # k of Avg@k and Pass@k
+    eval_every: int = 30  # steps; 0: never
+    eval_prompts: int = 200  # the first so many of eval_data
+    eval_samples: int = 1  # k of Avg@k and Pass@k
     eval_max_new_tokens: int = 4096
     eval_temperature: float = 0.6
     eval_top_p: float = 0.95
-    eval_teacher: bool = False                           # measure the teacher too, once (with fsdp whole on each device)
-    # run
-    out_dir: str = "out/distill"
-    save_every: int = 40                                 # steps; the end of the run and a new best are always saved
-    keep: int = 10                                       # newest checkpoints that stay, besides `best`
+    eval_teacher: bool = False  # measure the teacher too, once
+    # the run
+    save_every: int = 40  # steps; the end of the run and a new best are always saved
+    keep: int = 10  # newest checkpoints that stay, besides `best`
     seed: int = 42
-    resume: bool = False                                 # go on from the newest whole checkpoint in out_dir, if there is one
-    overwrite: bool = False                              # delete the run in out_dir first
+    resume: bool = False  # go on from the newest checkpoint in out_dir, if there is one
+    overwrite: bool = False  # delete the run in out_dir first
+    # rollouts
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all tokens
+    stop: Literal["union", "student"] = "union"  # whose stop ids end a student's response
+    engine: Literal["auto", "hf", "vllm"] = "auto"  # transformers or vLLM; auto: vLLM on a GPU
+    rollout_rows: int = 32  # responses decoded together: they bound the KV cache of engine="hf"
+    kv_cache_gb: float = 16.0  # of vLLM; it is given back while the trainer computes
+    rollout_timeout: float = 600.0  # seconds without a finished response before vLLM is given up
+    check_sync_every: int = 50  # steps between comparisons of the engine's log-probs with ours
+    max_logprob_gap: float | None = None  # nats, mean over tokens; None: 0.05 in bf16, 1e-4 in fp32
+    # processes (torchrun)
+    fsdp: bool = False  # shard student and teacher over them; else each holds both whole
+    collective_timeout: float = 1800.0  # seconds that one waits for the others before all end
+    # entropy-gated length curriculum (section 5.2)
+    horizons: tuple[int, ...] = ()  # rungs, short to long; (): max_new_tokens throughout
+    steps_per_horizon: int = 160  # updates on a rung before its gate; the last rung has the rest
+    gate_prompts: int = 200  # the first so many of eval_data, one response each at T = 1
+    entropy_floor: float = 0.5  # H_min, as a fraction of the first rung's entropy or in nats
+    floor_unit: Literal["first_rung", "nats"] = "first_rung"
+    on_gate_closed: Literal["hold", "stop", "rollback"] = "hold"  # see Curriculum
+
+
+# Where the paper (arXiv 2605.16826) is silent or contradicts itself, we
+#   - take the KL over the full vocabulary (appendix D samples it, sections 3 and G.4 do not);
+#   - average over all response tokens of the step, whatever the ranks and micro-batches;
+#   - keep fp32 master weights: at lr 5e-7 pure bf16 weights lose most updates;
+#   - sample with top_p = 1 and top_k = 0 by default, so that prefixes really come from q;
+#   - end a student's response on the stop ids of both models: a Base student and a chat teacher
+#     end with different ids, and with stop = "student" one that has learned the teacher's id never
+#     stops. What the teacher writes always ends on either;
+#   - cache the teacher's last hidden states, not its logits: 37 to 59 times smaller, and exact;
+#   - look at the gate once, at the end of a rung, and keep it closed once it is closed.
 
 
 def validate(cfg, world):
-    """Every combination that cannot work, before anything is loaded."""
-    def need(ok, key, limit):
-        if not ok:
-            raise UserError(f"{key}={getattr(cfg, key)!r}: {limit}")
-
-    need(0 <= cfg.reverse_weight <= 1, "reverse_weight", "must be in [0, 1]; 0 is forward KL, 1 reverse KL")
-    need(cfg.batch_size >= 1 and cfg.batch_size % world == 0, "batch_size",
-         f"must be a positive multiple of the {world} processes; try {max(1, cfg.batch_size // world) * world}")
-    for key in ("max_new_tokens", "rollout_rows", "max_tokens_per_microbatch", "eval_prompts", "eval_samples",
-                "eval_max_new_tokens", "steps_per_horizon", "gate_prompts", "save_every", "keep", "check_sync_every"):
-        need(getattr(cfg, key) >= 1, key, "must be at least 1")
-    for key in ("max_steps", "warmup_steps", "eval_every", "top_k", "temperature", "eval_temperature", "weight_decay",
-                "learning_rate", "entropy_floor"):
-        need(getattr(cfg, key) >= 0, key, "must not be negative")
-    for key in ("top_p", "eval_top_p"):
-        need(0 < getattr(cfg, key) <= 1, key, "must be in (0, 1]; 1 keeps every token")
-    need(list(cfg.horizons) == sorted({*cfg.horizons}) and min(cfg.horizons, default=1) >= 1, "horizons",
+    """UserError for every combination that cannot work, before anything is loaded."""
+    check_ranges(cfg)
+    need(0 <= cfg.reverse_weight <= 1, cfg, "reverse_weight",
+         "must be in [0, 1]; 0 is forward KL, 1 reverse KL")
+    need(cfg.batch_size % world == 0, cfg, "batch_size",
+         f"must be a positive multiple of the {world} processes; "
+         f"try {max(1, cfg.batch_size // world) * world}")
+    grows = list(cfg.horizons) == sorted({*cfg.horizons})
+    need(grows and min(cfg.horizons, default=1) >= 1, cfg, "horizons",
          "must be positive and grow from rung to rung")
-    need(cfg.floor_unit == "nats" or cfg.entropy_floor <= 1, "entropy_floor",
-         'above 1 x the entropy at the end of the first rung no rung opens; lower it, or set floor_unit="nats"')
-    need(cfg.max_grad_norm > 0, "max_grad_norm", "must be positive; inf never clips")
-    need(cfg.collective_timeout > 0, "collective_timeout", "must be positive: seconds")
+    need(cfg.floor_unit == "nats" or cfg.entropy_floor <= 1, cfg, "entropy_floor",
+         'above 1 x the entropy at the end of the first rung no rung opens; lower it, or set '
+         'floor_unit="nats"')
     if cfg.trajectories is not None:
-        need(cfg.prefix == "teacher", "trajectories", 'what is on disk was not written by this student; set prefix="teacher"')
+        need(cfg.prefix == "teacher", cfg, "trajectories",
+             'what is on disk was not written by this student; set prefix="teacher"')
     if cfg.teacher is None:
-        need(cfg.prefix == "teacher", "prefix", 'teacher=None is SFT on solutions; set prefix="teacher"')
-        need(cfg.reverse_weight == 0, "reverse_weight", "reverse KL to a hard label is infinite; with teacher=None set it to 0")
-        need(not cfg.eval_teacher, "eval_teacher", "there is none with teacher=None; set it to False")
+        need(cfg.prefix == "teacher", cfg, "prefix",
+             'teacher=None is SFT on solutions; set prefix="teacher"')
+        need(cfg.reverse_weight == 0, cfg, "reverse_weight",
+             "reverse KL to a hard label is infinite; with teacher=None set it to 0")
+        need(not cfg.eval_teacher, cfg, "eval_teacher", "there is none with teacher=None")
 
+
+# ---------------------------------------------------------------------------------------- prefixes
+
+def prefix_source(cfg):
+    """
+    Where this run's responses come from: "student" or "teacher" writes them anew in each step, or
+    they are on disk as "trajectories" or, for SFT without a teacher, as "solutions".
+    """
+    if cfg.prefix == "student":
+        return "student"
+    if cfg.prefix == "teacher":
+        on_disk = "solutions" if cfg.teacher is None else "teacher"
+        return "trajectories" if cfg.trajectories else on_disk
+    raise ValueError(f"prefix={cfg.prefix!r}: a source of your own is one more branch here and in "
+                     f"`prefixes`")
+
+
+def prefixes(cfg, step, slots, horizon, data, models, engines, check):
+    """
+    One Response for each (place in the step, index) of `slots`, cut at the horizon. Seeds belong
+    to the place, so a step is the same on any number of ranks. Second, where `check` is set and a
+    model has written: how far the engine's log-probs are from the model's.
+    """
+    source, gaps = prefix_source(cfg), {}
+    if source == "trajectories":
+        responses = [data.trajectories[i] for _, i in slots]
+    elif source == "solutions":
+        responses = [Response(data.prompts[i], data.solutions[i], True, None) for _, i in slots]
+    else:
+        engine = engines[source]
+        sampling = Sampling(horizon, models.stops[source], cfg.temperature, cfg.top_p, cfg.top_k)
+        prompts = [data.prompts[i] for _, i in slots]
+        seeds = [derive_seed(cfg.seed, "train", step, place) for place, _ in slots]
+        rollouts = engine.generate(prompts, sampling, seeds)
+        if check:
+            gaps = check_logprobs(engine, prompts, rollouts)
+        responses = [Response(prompt, tokens, reason == "stop", None)
+                     for prompt, (tokens, _, reason) in zip(prompts, rollouts)]
+    return [cut(response, horizon) for response in responses], gaps
+
+
+def cut(response, horizon):
+    """Its first `horizon` tokens."""
+    prompt, tokens, ended, hidden = response
+    ended = ended and len(tokens) <= horizon
+    return Response(prompt, tokens[:horizon], ended, None if hidden is None else hidden[:horizon])
+
+
+# ---------------------------------------------------------------------------------------- the loss
+
+def token_weights(micro, tokens, sequences, loss_norm):
+    """
+    What each token's KL is multiplied by, (N,) fp32, from the tokens and sequences of the whole
+    step, over all ranks and micro-batches: 1 / tokens makes the loss a mean over tokens,
+    1 / (own length x sequences) a mean of the means of the sequences.
+    """
+    weights = []
+    for response in micro:
+        n = len(response.tokens)
+        whole = tokens if loss_norm == "token" else n * sequences
+        weights += [1 / max(1, whole)] * n
+    return torch.tensor(weights)
+
+
+def teacher_hidden(models, micro, dtype):
+    """
+    The teacher's hidden states (N, H_t) at the response tokens of a micro-batch, and its LM head
+    (V_t, H_t): from a forward, or from the disk, where the head is all that was loaded.
+    """
+    if models.teacher is None:
+        none = models.head_p[:0]
+        cached = [response.hidden.to(none) for response in micro if response.tokens]
+        return torch.cat([none, *cached]), models.head_p
+    with torch.no_grad():
+        hidden = response_hidden(models.teacher, [response[:2] for response in micro], dtype)
+    return hidden, lm_head(models.teacher)
+
+
+def hard_label_loss(h_q, W_q, micro, weight):
+    """
+    Cross-entropy on the tokens themselves, which is the forward KL to a one-hot p: the Monte-Carlo
+    form of forward KL on teacher prefixes. Results as `linear_kl`'s.
+    """
+    targets = [token for response in micro for token in response.tokens]
+    targets = torch.tensor(targets, dtype=torch.long, device=h_q.device)
+    logps, entropy = linear_logp(h_q, W_q, targets)
+    zeros = torch.zeros_like(entropy)
+    return -(weight * logps).sum(), -logps.detach(), zeros, entropy, zeros
+
+
+# ---------------------------------------------------------------------------------- the curriculum
 
 def gate(entropies, floor, unit):
     """
-    The curriculum's rule (section 5.2). entropies: H_0 ... H_m, nats per token, at the ends of the rungs so far.
+    The curriculum's rule (section 5.2). entropies: H_0 ... H_m, nats per token, at the ends of the
+    rungs so far.
 
-        rung m + 1 opens  iff  H_i >= H_min for every i <= m;        H_min = floor ("nats") or floor * H_0 ("first_rung")
+        rung m + 1 opens  iff  H_i >= H_min for every i <= m
+        H_min = floor (unit = "nats")  or  floor * H_0 (unit = "first_rung")
 
-    So once closed it stays closed, and length plays no part. Returns (whether the next rung opens, H_min); (False, None) before
-    the first measurement. UserError (a ValueError) when an entropy is not finite.
+    So once closed it stays closed, and length plays no part. Returns (whether the next rung opens,
+    H_min); (False, None) before the first measurement. UserError when an entropy is not finite.
     """
     if not entropies:
         return False, None
     if not all(map(math.isfinite, entropies)):
-        raise UserError(f"the gate measured entropies {entropies}: not finite, so the weights are broken; start again from an "
-                        f"earlier checkpoint with a lower learning_rate")
+        raise UserError(f"the gate measured entropies {entropies}: not finite, so the weights are "
+                        f"broken; start again from an earlier checkpoint with a lower "
+                        f"learning_rate")
     h_min = floor * entropies[0] if unit == "first_rung" else floor
     return min(entropies) >= h_min, h_min
 
 
+class Curriculum:
+    """
+    Which horizon is open. What it knows is in the training state, and so saved and resumed with
+    it: `rung`, the step `rung_began`, the `entropies` at the gates so far, and `closed`.
+
+    Once the gate is closed, on_gate_closed = "hold" goes on at the rung that failed, "stop" ends
+    the run, and "rollback" goes back to weights, optimiser and horizon of the rung before, if
+    there is one, and goes on there.
+    """
+
+    def __init__(self, cfg, state):
+        self.cfg, self.state = cfg, state
+        self.ladder = cfg.horizons or (cfg.max_new_tokens,)  # a fixed horizon is a ladder of one
+
+    def horizon(self):
+        return self.ladder[min(self.state["rung"], len(self.ladder) - 1)]
+
+    def has_ended(self):
+        return self.state["closed"] and self.cfg.on_gate_closed == "stop"
+
+    def gate_is_due(self, step):
+        last = self.state["rung"] + 1 >= len(self.ladder)
+        rung_ends = self.state["rung_began"] + self.cfg.steps_per_horizon
+        return step >= rung_ends and not last and not self.state["closed"]
+
+    def decide(self, step, entropy):
+        """Open the next rung or close the gate for good; the decision as a row of the log."""
+        horizon, rung, state = self.horizon(), self.state["rung"], self.state
+        state["entropies"].append(entropy)
+        opens, h_min = gate(state["entropies"], self.cfg.entropy_floor, self.cfg.floor_unit)
+        if opens:
+            state.update(rung=rung + 1, rung_began=step)
+        else:
+            state["closed"] = True
+            if self.cfg.on_gate_closed == "rollback":
+                state["rung"] = max(0, rung - 1)
+        return {"gate": "open" if opens else "closed", "on_gate_closed": self.cfg.on_gate_closed,
+                "horizon": horizon, "next_horizon": self.horizon(),
+                "entropies": state["entropies"], "entropy_floor": h_min}
+
+
+def pass_gate(cfg, step, curriculum, models, gate_set, engine, optimizer):
+    """Measure the student's own entropy on held-out prompts, decide, and roll back if need be."""
+    stops = models.stops["student"]
+    sampling = Sampling(curriculum.horizon(), stops, 1.0, cfg.top_p, cfg.top_k)
+    metrics, records = evaluate(engine, models.template, *gate_set, sampling, 1, cfg.seed)
+    decision = curriculum.decide(step, metrics["entropy"])
+    last_open = curriculum.state["rung_began"]
+    if decision["gate"] == "closed" and cfg.on_gate_closed == "rollback" and last_open:
+        stable = Path(cfg.out_dir, f"step_{last_open:06d}")
+        weights = load_model(stable, torch.float32).state_dict()
+        whole = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(models.student, weights, options=whole)
+        load_optimizer(stable, models.student, optimizer)
+        engine.sync()
+    log_evaluation(cfg.out_dir, step, "gate", metrics | decision, records)
+    print0(f"gate {step:>4} {decision['gate']}: entropy {metrics['entropy']:.3f}, floor "
+           f"{decision['entropy_floor']:.3f}; horizon {decision['horizon']} -> "
+           f"{decision['next_horizon']}")
+
+
+# ------------------------------------------------------------------------------------------ set-up
+
+@dataclasses.dataclass
+class Models:
+    student: Any  # fp32 masters
+    teacher: Any  # in the compute dtype; None: its head is enough, or there is none
+    head_p: Any  # (V_t, H_t) of a teacher whose hidden states are cached, else None
+    tokenizer: Any  # the student's, with the teacher's chat template: it goes into checkpoints
+    template: Any  # the tokenizer that makes the prompts and reads the responses
+    vocab_size: int  # ids below it have a row in both embeddings
+    positions: int  # that both models have
+    stops: dict  # {"student" or "teacher": the ids that end what it writes}
+    own_stop: int  # the id that ends a solution in hard-label SFT
+
+
+def load_models(cfg, state, checkpoint, trajectories, device):
+    """Both models and their tokenizers, checked against each other, sharded with cfg.fsdp."""
+    tokenizer = template = load_tokenizer(cfg.student)
+    for path in (cfg.teacher, trajectories and trajectories.folder / "tokenizer"):
+        if path is not None:
+            template = load_tokenizer(path)
+            check_tokenizers(tokenizer, template, "the student", "the teacher")
+            tokenizer.chat_template = template.chat_template
+    sharded = cfg.fsdp and dist.is_initialized()
+    host = "cpu" if sharded else device  # sharding moves a layer at a time
+    dtype = getattr(torch, cfg.dtype)
+    student = load_model(checkpoint or cfg.student, torch.float32, host)
+    models, heads = [student], [lm_head(student)]
+    teacher = head_p = None
+    if trajectories and trajectories.cached:
+        need(not cfg.eval_teacher, cfg, "eval_teacher",
+             "beside cached hidden states only the teacher's LM head is loaded; set it False")
+        head_p = load_head(cfg.teacher, trajectories).to(device, dtype)
+        heads.append(head_p)
+    elif cfg.teacher:
+        teacher = load_model(cfg.teacher, dtype, host).requires_grad_(False)
+        models.append(teacher)
+        heads.append(lm_head(teacher))
+    vocab_size = min(map(len, heads))
+    positions = min(model.config.max_position_embeddings for model in models)
+    for model in models if sharded else ():
+        shard(model, device, dtype)
+    for layer in student.base_model.layers if cfg.gradient_checkpointing else ():
+        layer.forward = functools.partial(run_again_in_backward, layer.forward,
+                                          use_reentrant=False, preserve_rng_state=False)
+
+    # The state remembers the student's own stop ids, for its checkpoints have those of its training.
+    own = state["own_stops"] = state["own_stops"] or stop_ids(student.generation_config, tokenizer)
+    both = {*own}
+    if teacher:
+        both |= {*stop_ids(teacher.generation_config, template)}
+    if trajectories:
+        both |= {*trajectories.settings["stop_ids"]}
+    stops = {"teacher": tuple(sorted(both))}
+    stops["student"] = stops["teacher"] if cfg.stop == "union" else tuple(own)
+    student.generation_config.eos_token_id = list(stops["student"])
+    own_stop = tokenizer.eos_token_id if tokenizer.eos_token_id in own else own[0]
+    return Models(student, teacher, head_p, tokenizer, template, vocab_size, positions, stops,
+                  own_stop)
+
+
 def shard(model, device, dtype):
     """
-    FSDP2: a rank keeps its part of every tensor and gathers a layer, in `dtype`, only while it runs. What is no layer, that is
-    embedding, norm and head, is one group: two may be one tensor. Gradients, in `dtype` for a micro-batch, are summed in fp32.
+    FSDP2: a rank keeps its part of every tensor and gathers a layer, in `dtype`, only while it
+    runs. Embedding, norm and head are one group, for two of them may be one tensor. Gradients of a
+    micro-batch are in `dtype` and summed in fp32.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in [*model.base_model.layers, model]:
-        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
-        module.set_gradient_divide_factor(1.0)           # a sum: the loss is divided by the tokens of the whole step
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)  # a sum: weights have divided by the step's tokens
         module.set_force_sum_reduction_for_comms(True)
+    # The loss takes hidden states, not forward's logits, so FSDP must know of this method too.
     model.sharded_base_model = lambda *args, **kwargs: model.base_model(*args, **kwargs)
-    register_fsdp_forward_method(model, "sharded_base_model")            # the loss takes hidden states, not forward's logits
+    register_fsdp_forward_method(model, "sharded_base_model")
 
 
-COLUMNS = {"step": "step", "loss": "loss", "fwd": "forward_kl", "rev": "reverse_kl", "H_q": "student_entropy",
-           "H_p": "teacher_entropy", "len": "mean_length", "max": "max_length", "cut": "truncated_share", "grad": "grad_norm",
-           "tok/s": "tokens_per_second", "roll": "rollout_seconds", "tea": "teacher_seconds", "stu": "student_seconds",
-           "opt": "optimizer_seconds", "TFL": "tflops"}
+@dataclasses.dataclass
+class Data:
+    trajectories: Any  # Trajectories, or None
+    prompts: list  # token ids of each training prompt, where there are no trajectories
+    solutions: list  # token ids of each solution, for hard labels
+    eval_set: tuple  # (problems, their prompts' token ids)
+    gate_set: tuple  # the same for the curriculum's gate
+
+    def __len__(self):
+        return len(self.trajectories or self.prompts)
+
+
+def encode_data(cfg, models, trajectories, problems, held_out, horizon):
+    """What leaves room for the longest horizon, as token ids."""
+    limits = models.positions, models.vocab_size
+
+    def first(n, new_tokens):
+        some = held_out[:n]
+        usable = usable_prompts(cfg.eval_data, some, models.template, new_tokens, *limits)
+        return [some[i] for i in usable], list(usable.values())
+
+    data = Data(trajectories, [], [], ([], []), ([], []))
+    if cfg.eval_every:
+        data.eval_set = first(cfg.eval_prompts, cfg.eval_max_new_tokens)
+    if len(cfg.horizons) > 1:
+        data.gate_set = first(cfg.gate_prompts, horizon)
+    if trajectories:
+        trajectories.check(horizon, *limits)
+        return data
+    usable = usable_prompts(cfg.prompts, problems, models.template, horizon, *limits)
+    data.prompts = list(usable.values())
+    for i in usable if cfg.teacher is None else ():
+        solution = problems[i]["solution"] or ""
+        if not solution.strip():
+            raise UserError(f"{cfg.prompts}: teacher=None trains on solutions, and problem "
+                            f"{problems[i]['problem'][:40]!r} has none; add a \"solution\" to "
+                            f"every line, name a teacher, or give trajectories")
+        tokens = models.tokenizer.encode(solution, add_special_tokens=False)
+        data.solutions.append([*tokens, models.own_stop])
+    return data
+
+
+def make_engines(cfg, models, data, horizon, device):
+    """
+    {"student": engine, "teacher": engine or None}. vLLM can put only one engine of a process to
+    sleep, so where the teacher writes the prefixes it has vLLM, and the student's evaluations use
+    transformers.
+    """
+    kind = choose_engine(cfg.engine, device)
+    kinds = {"student": kind, "teacher": "hf"}
+    if prefix_source(cfg) == "teacher":
+        kinds = {"student": "hf", "teacher": kind}
+    prompts = [*data.prompts, *data.eval_set[1], *data.gate_set[1]]
+    longest = max(map(len, prompts), default=0) + max(horizon, cfg.eval_max_new_tokens)
+    dtype = getattr(torch, cfg.dtype)
+    return {name: model and make_engine(kinds[name], cfg, model, dtype, models.vocab_size, longest)
+            for name, model in (("student", models.student), ("teacher", models.teacher))}
+
+
+# -------------------------------------------------------------------------------------- evaluation
+
+def evaluate_models(cfg, step, state, models, eval_set, engines):
+    """Measure the student, and at first the teacher if asked to. Whether this is a new best."""
+    names = ["teacher", "student"] if step == 0 and cfg.eval_teacher else ["student"]
+    for name in names:
+        sampling = Sampling(cfg.eval_max_new_tokens, models.stops[name], cfg.eval_temperature,
+                            cfg.eval_top_p)
+        metrics, records = evaluate(engines[name], models.template, *eval_set, sampling,
+                                    cfg.eval_samples, cfg.seed)
+        log_evaluation(cfg.out_dir, step, name, metrics, records)
+    score = metrics["avg_at_k"]
+    is_best = step > 0 and score is not None and score > state["best"]
+    if is_best:
+        state.update(best=score, best_step=step)
+    return is_best
+
+
+COLUMNS = {
+    "step": "step", "loss": "loss", "fwd": "forward_kl", "rev": "reverse_kl",
+    "H_q": "student_entropy", "H_p": "teacher_entropy", "len": "mean_length", "max": "max_length",
+    "cut": "truncated_share", "grad": "grad_norm", "tok/s": "tokens_per_second",
+    "roll": "rollout_seconds", "tea": "teacher_seconds", "stu": "student_seconds",
+    "opt": "optimizer_seconds", "TFL": "tflops"}
 
 
 def main(argv):
-    cfg, origin = utils.load_config(Config, argv)
-    rank, world, device = utils.init_processes(cfg.collective_timeout)
+    cfg, origin = load_config(Config, argv)
+    rank, world, device = init_processes(cfg.collective_timeout)
     validate(cfg, world)
-    chief = rank == 0                                    # the rank that prints and writes
     inputs = (cfg.student, cfg.teacher, cfg.prompts, cfg.eval_data, cfg.trajectories)
-    checkpoint = utils.prepare_out_dir(cfg.out_dir, cfg.resume, cfg.overwrite, inputs)
-    state = {"script": "train_distill", "student": cfg.student, "step": 0, "tflops": 0.0, "best": -1.0, "own_stops": None,
-             "looked": False, "entropies": [], "rung": 0, "rung_began": 0, "closed": False}           # the curriculum's
-    if checkpoint:
-        state |= utils.read_train_state(checkpoint, "train_distill")
-        if state["student"] != cfg.student:
-            raise UserError(f"{checkpoint} was trained from student={state['student']!r}, not {cfg.student!r}; resume with "
-                            f"that one, or start a new run from its weights with --student={checkpoint}")
-        if cfg.max_steps < state["step"]:
-            raise UserError(f"max_steps={cfg.max_steps}: {checkpoint} is at step {state['step']} already; raise max_steps")
-    data = trajectories.Trajectories(cfg.trajectories, want_hidden=cfg.teacher is not None) if cfg.trajectories else None
-    if data and state.setdefault("trajectories", len(data)) != len(data):
-        raise UserError(f"{cfg.trajectories} holds {len(data)} sequences, {state['trajectories']} when {checkpoint} was "
-                        f"written: their order would change; start a new run from its weights with --student={checkpoint}")
-    problems = utils.load_problems(cfg.prompts) if data is None else []
-    ladder = cfg.horizons or (cfg.max_new_tokens,)       # a fixed horizon is a ladder of one
-    held_out = utils.load_problems(cfg.eval_data) if cfg.eval_every or len(ladder) > 1 else []
+    state, checkpoint = start_run(cfg, Path(__file__).stem, inputs, own_stops=None,
+                                  rung=0, entropies=[], closed=False, trajectories=None)
+    curriculum = Curriculum(cfg, state)
+    longest = curriculum.ladder[-1]
 
-    # models: fp32 masters for the student, the compute dtype for the teacher, of which its head is enough for cached states
-    dtype = getattr(torch, cfg.dtype)
-    tokenizer = template = utils.load_tokenizer(cfg.student)
-    for path in (cfg.teacher, data and str(data.folder / "tokenizer")):
-        if path is not None:                             # its chat template makes the prompts, and goes into the checkpoints
-            utils.check_tokenizers(tokenizer, template := utils.load_tokenizer(path), "the student", "the teacher")
-            tokenizer.chat_template = template.chat_template
-    kind = choose_engine(cfg.engine, device, chief)
-    utils.print_estimate(cfg, kind, device, cfg.student, (cfg.prefix == "teacher" and cfg.teacher) or cfg.student,
-                         {"teacher": (None if data and data.cached else cfg.teacher, dtype.itemsize)}, ladder[-1], world,
-                         cfg.batch_size)
-    sharded = cfg.fsdp and world > 1
-    host = "cpu" if sharded else device                  # sharding moves a layer at a time
-    student = utils.load_model(checkpoint or cfg.student, torch.float32, host)
-    teacher = head_p = None
-    if cfg.teacher and data and data.cached:
-        if cfg.eval_teacher:
-            raise UserError("eval_teacher=True: beside cached hidden states only the teacher's LM head is loaded; set it False")
-        head_p = trajectories.load_head(cfg.teacher, data).to(device, dtype)
-    elif cfg.teacher:
-        teacher = utils.load_model(cfg.teacher, dtype, host).requires_grad_(False)
-        head_p = teacher.get_output_embeddings().weight
-    for model in filter(None, (student, teacher) if sharded else ()):
-        shard(model, device, dtype)
-    for layer in student.base_model.layers if cfg.gradient_checkpointing else ():
-        layer.forward = functools.partial(checkpointed, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    vocab_size = min(len(W) for W in (student.get_output_embeddings().weight, head_p) if W is not None)
-    positions = min(m.config.max_position_embeddings for m in (student, teacher) if m)
-    own_stops = state["own_stops"] = state["own_stops"] or utils.stop_ids(student.generation_config, tokenizer)
-    teacher_stops = utils.stop_ids(teacher.generation_config, template) if teacher else []
-    all_stops = sorted({*own_stops, *teacher_stops, *(data.settings["stop_ids"] if data else [])})
-    student_stops = all_stops if cfg.stop == "union" else own_stops
-    student.generation_config.eos_token_id = student_stops    # so a checkpoint stops where its training did
-
-    # prompts: those with room for the horizon, in this data and in the evaluation's
-    limits = positions, vocab_size, chief
-    if data:
-        data.check(ladder[-1], positions, vocab_size)
+    # files first, for mistakes in them should not cost the time to load models
+    trajectories, problems, held_out = None, [], []
+    if cfg.trajectories:
+        trajectories = Trajectories(cfg.trajectories, want_hidden=cfg.teacher is not None)
+        if state["trajectories"] not in (None, len(trajectories)):
+            raise UserError(f"{cfg.trajectories} holds {len(trajectories)} sequences, "
+                            f"{state['trajectories']} when {checkpoint} was written: their order "
+                            f"would change; start a new run with --student={checkpoint}")
+        state["trajectories"] = len(trajectories)
     else:
-        encoded = utils.usable_prompts(cfg.prompts, problems, template, ladder[-1], *limits)
-        prompts = list(encoded.values())
+        problems = load_problems(cfg.prompts)
+    if cfg.eval_every or len(cfg.horizons) > 1:
+        held_out = load_problems(cfg.eval_data)
 
-    def first(n, horizon):
-        usable = utils.usable_prompts(cfg.eval_data, held_out[:n], template, horizon, *limits)
-        return [held_out[i] for i in usable], list(usable.values())
-    eval_set = first(cfg.eval_prompts, cfg.eval_max_new_tokens) if cfg.eval_every else ([], [])
-    gate_set = first(cfg.gate_prompts, ladder[-1]) if len(ladder) > 1 else ([], [])
-    if cfg.teacher is None and data is None:
-        if without := [problems[i]["problem"][:40] for i in encoded if not (problems[i]["solution"] or "").strip()]:
-            raise UserError(f"{cfg.prompts}: teacher=None trains on solutions, and problem {without[0]!r} has none; add a "
-                            f"\"solution\" to every line, name a teacher, or give trajectories")
-        end = tokenizer.eos_token_id if tokenizer.eos_token_id in own_stops else own_stops[0]
-        solutions = [[*tokenizer.encode(problems[i]["solution"], add_special_tokens=False), end] for i in encoded]
-
-    eval_sampling = Sampling(cfg.eval_max_new_tokens, tuple(student_stops), cfg.eval_temperature, cfg.eval_top_p, 0, vocab_size)
-    longest = max(map(len, [*([] if data else prompts), *(p for _, some in (eval_set, gate_set) for p in some)]), default=0)
-    longest += max(ladder[-1], cfg.eval_max_new_tokens)
-    writes = teacher is not None and data is None and cfg.prefix == "teacher"    # then it has vLLM: of two, none could sleep
-    student_engine = make_engine("hf" if writes else kind, cfg, student, dtype, vocab_size, longest)
-    teacher_engine = teacher and make_engine(kind if writes else "hf", cfg, teacher, dtype, vocab_size, longest)
-    writer, writer_engine = (student, student_engine) if cfg.prefix == "student" else (teacher, teacher_engine)
-
+    models = load_models(cfg, state, checkpoint, trajectories, device)
+    student, dtype = models.student, getattr(torch, cfg.dtype)
+    data = encode_data(cfg, models, trajectories, problems, held_out, longest)
+    engines = make_engines(cfg, models, data, longest, device)
     parameters = list(student.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, fused=True,
+                                  weight_decay=cfg.weight_decay)
     if checkpoint:
-        utils.load_optimizer(checkpoint, student, optimizer)
+        load_optimizer(checkpoint, student, optimizer)
+    save = functools.partial(save_checkpoint, cfg, student, models.tokenizer, optimizer, state)
 
-    metrics_file = utils.open_run(cfg, origin, state, rank, world)         # from here on files are written
-    if chief:
-        print(f"{len(data)} trajectories" if data else f"{len(prompts)} prompts", end="")
-        print(f", {world} process(es) on {device.type}, from step {state['step']}")
-        if len(ladder) > 1 and cfg.max_steps <= (climb := cfg.steps_per_horizon * (len(ladder) - 1)):
-            print(f"warning: max_steps={cfg.max_steps}: horizon {ladder[-1]} opens after {climb} steps at the earliest")
-
-    def save(is_best=False):
-        links = ["best"] * is_best + ["stable"] * (state["rung_began"] == step > 0)      # stable: where a gate has just opened
-        utils.save_checkpoint(cfg.out_dir, student, tokenizer, optimizer,
-                              {**state, "step": step, "config": dataclasses.asdict(cfg)}, cfg.keep, links)
-        return f"step {step} is saved: --resume goes on"
-
-    rescue = None if sharded else save                   # beside a failed engine: shards could not be gathered any more
-
-    def ask(engine, model, held_out, how, samples):
-        return evaluate(engine, model, template, *held_out, how, samples, cfg.seed, cfg.max_tokens_per_microbatch, rank,
-                              world, dtype, rescue)
-
-    def measure(engine, model, name, stops):
-        how = dataclasses.replace(eval_sampling, stop_ids=tuple(stops))
-        metrics, records = ask(engine, model, eval_set, how, cfg.eval_samples)
-        utils.log_evaluation(cfg.out_dir, step, name, metrics, records, chief)
-        return metrics
-
+    open_run(cfg, origin, state)  # from here on files are written
     start_step = state["step"]
-    utils.catch_signals()
-    for step in range(start_step, cfg.max_steps + 1):        # step = updates done so far; the last pass only evaluates
-        if stop := utils.signal_received():              # on SIGTERM or SIGINT the step is finished, nothing is lost
-            state["looked"] &= step == start_step        # of the step before; here nothing has been looked at yet
-            utils.end_by_signal(stop, save())
-        student_engine.sync(student)
-        fresh = not (step == start_step and state["looked"])     # else a resumed run has looked, evaluated and saved there
-        state["looked"] = not fresh
-        rung = min(state["rung"], len(ladder) - 1)
-        looks = fresh and not state["closed"] and rung + 1 < len(ladder) and step >= state["rung_began"] + cfg.steps_per_horizon
-        if looks:                                        # the curriculum: one look at the gate, at the end of a rung
-            how = Sampling(ladder[rung], tuple(student_stops), 1.0, cfg.top_p, cfg.top_k, vocab_size)
-            seen, records = ask(student_engine, student, gate_set, how, 1)
-            state["entropies"].append(seen["entropy"])
-            opens, h_min = gate(state["entropies"], cfg.entropy_floor, cfg.floor_unit)
-            if opens:
-                state |= {"rung": rung + 1, "rung_began": step}
-            else:
-                state["closed"] = True
-                if cfg.on_gate_closed == "rollback" and rung:            # to the checkpoint of the last gate that opened
-                    stable = Path(cfg.out_dir, f"step_{state['rung_began']:06d}")
-                    if why := utils.damage(stable):
-                        raise UserError(f"cannot roll back to {stable}: it is damaged ({why}); go on with on_gate_closed=hold")
-                    set_model_state_dict(student, utils.load_model(stable, torch.float32).state_dict(),
-                                         options=StateDictOptions(full_state_dict=True))
-                    utils.load_optimizer(stable, student, optimizer)
-                    student_engine.sync(student)
-                    state["rung"] = rung - 1
-            decision = {"gate": "open" if opens else "closed", "on_gate_closed": cfg.on_gate_closed, "horizon": ladder[rung],
-                        "next_horizon": ladder[state["rung"]], "entropies": state["entropies"], "entropy_floor": h_min}
-            utils.log_evaluation(cfg.out_dir, step, "gate", seen | decision, records, chief)
-            if chief:
-                print(f"gate {step:>4} {decision['gate']}: entropy {seen['entropy']:.3f}, floor {h_min:.3f}; horizon "
-                      f"{ladder[rung]} -> {ladder[state['rung']]}", flush=True)
-        horizon = ladder[min(state["rung"], len(ladder) - 1)]
-        over = step == cfg.max_steps or state["closed"] and cfg.on_gate_closed == "stop"
-        if fresh:
-            is_best = False
-            if cfg.eval_every and (step % cfg.eval_every == 0 or over):
-                if step == 0 and cfg.eval_teacher:
-                    measure(teacher_engine, teacher, "teacher", all_stops)
-                score = measure(student_engine, student, "student", student_stops)["avg_at_k"]
-                is_best = step > 0 and score is not None and score > state["best"]
-                state["best"] = score if is_best else state["best"]
-            state["looked"] = True
-            if step > 0 and (is_best or looks or step % cfg.save_every == 0 or over):
-                save(is_best)
-        if over:
+    print0(f"{len(data)} {'trajectories' if trajectories else 'prompts'}, {world} process(es) on "
+           f"{device.type}, from step {start_step}")
+    climb = cfg.steps_per_horizon * (len(curriculum.ladder) - 1)
+    if 0 < climb >= cfg.max_steps:
+        print0(f"warning: max_steps={cfg.max_steps}: horizon {longest} opens after {climb} steps "
+               f"at the earliest")
+    catch_signals()
+
+    for step in range(start_step, cfg.max_steps + 1):  # updates done so far; the last only evaluates
+        state["step"] = step
+        number = signal_received()
+        if number:
+            save()
+            end_by_signal(number, step)
+        engines["student"].sync()
+
+        # 0. gate, evaluation, checkpoint; a resumed run has them behind it at its first step
+        if step > state["looked"]:
+            gate_is_due = curriculum.gate_is_due(step)
+            if gate_is_due:
+                pass_gate(cfg, step, curriculum, models, data.gate_set, engines["student"],
+                          optimizer)
+            last, is_best = step == cfg.max_steps or curriculum.has_ended(), False
+            if cfg.eval_every and (step % cfg.eval_every == 0 or last):
+                is_best = evaluate_models(cfg, step, state, models, data.eval_set, engines)
+            state["looked"] = step
+            if step > 0 and (is_best or gate_is_due or last or step % cfg.save_every == 0):
+                save()
+        if step == cfg.max_steps or curriculum.has_ended():
             break
 
-        # 1. prefixes: prompts are dealt to ranks, and seeded by their place in the step, not by rank
-        timer = Timer(device, "rollout", "teacher", "student", "optimizer")
-        order = utils.prompt_order(len(data or prompts), step * cfg.batch_size, cfg.batch_size, cfg.seed)
-        mine = list(enumerate(order))[rank::world]
-        gaps = {}
-        if data:
-            written = [data[i] for _, i in mine]
-        elif cfg.teacher is None:
-            written = [(prompts[i], solutions[i], True, None) for _, i in mine]
-        else:
-            stops = tuple(student_stops if cfg.prefix == "student" else all_stops)
-            sampling = Sampling(horizon, stops, cfg.temperature, cfg.top_p, cfg.top_k, vocab_size)
-            seeds = [utils.derive_seed(cfg.seed, "train", step, slot) for slot, _ in mine]
-            asked = [prompts[i] for _, i in mine]
-            rollouts = agree(rescue, writer_engine.generate, asked, sampling, seeds)
-            if step == start_step or step % cfg.check_sync_every == 0:
-                gaps = check_logprobs(writer_engine, writer, asked, rollouts, vocab_size, dtype,
-                                            cfg.max_tokens_per_microbatch)
-            written = [(prompt, tokens, reason == "stop", None) for prompt, (tokens, _, reason) in zip(asked, rollouts)]
-        truncated = sum(not ended or len(r) > horizon for _, r, ended, _ in written)
-        sequences = [(p, r[:horizon]) for p, r, _, _ in written]
-        cached = [None if h is None else h[:horizon] for _, _, _, h in written]
-        lengths = [len(p) + len(r) for p, r in sequences]
-        flops = [utils.forward_flops(m.config, lengths) if m else 0 for m in (student, teacher, None if data else writer)]
-        counts = torch.tensor([sum(len(r) for _, r in sequences), len(sequences), truncated, *flops], dtype=torch.float64)
-        all_tokens, all_sequences, truncated, *flops = utils.all_reduce(counts.to(device)).tolist()
-        student_flops, teacher_flops, writer_flops = flops
-        batches = utils.microbatches(lengths, cfg.max_tokens_per_microbatch)
-        most = torch.tensor([max([len(r) for _, r in sequences], default=0), len(batches)], device=device)
-        longest, forwards = utils.all_reduce(most, dist.ReduceOp.MAX).tolist()
-        batches += [[]] * (forwards - len(batches))      # as many on every rank: with fsdp each is a collective
+        # 1. prefixes: this rank's share of the step's prompts, with a response to each
+        timer, horizon = Timer(device), curriculum.horizon()
+        order = prompt_order(len(data), step * cfg.batch_size, cfg.batch_size, cfg.seed)
+        slots = list(enumerate(order))[rank::world]
+        check = step == start_step or step % cfg.check_sync_every == 0
+        batch, gaps = prefixes(cfg, step, slots, horizon, data, models, engines, check)
+        micros, totals = split_and_count(cfg, batch, models)
         timer.lap("rollout")
 
-        # 2. - 3. hidden states of both models on those prefixes, and the KL from them, gradient included
-        totals = torch.zeros(5, device=device)           # loss, then sums over tokens: forward, reverse, H(q), H(p)
-        for picked in batches:
-            batch = [sequences[i] for i in picked] or [([0], [])]        # a prompt without a response: weight 0
-            norms = [1 / all_tokens if cfg.loss_norm == "token" else 1 / (len(r) * all_sequences) for _, r in batch for _ in r]
-            weight = torch.tensor(norms, device=device)                                                # (N,)
-            if teacher:
-                with torch.no_grad():
-                    h_p = utils.response_hidden(teacher, batch, dtype)                                 # (N, H_t)
-                head_p = teacher.get_output_embeddings().weight
-            elif cfg.teacher:
-                h_p = torch.cat([head_p[:0], *(cached[i].to(device, dtype) for i in picked)])
-            timer.lap("teacher")
-            h_q = utils.response_hidden(student, batch, dtype)                                         # (N, H)
-            head_q = student.get_output_embeddings().weight      # after the forward: with fsdp it is whole from there on
+        # 2. - 3. hidden states of both models at the response tokens, and the KL from them
+        sums = torch.zeros(5, device=device)  # the loss; over tokens: both KLs, H(q), H(p)
+        for micro in micros:
+            weight = token_weights(micro, totals["tokens"], totals["sequences"], cfg.loss_norm)
+            weight = weight.to(device)  # (N,)
             if cfg.teacher:
-                loss, *stats = linear_kl(h_q, head_q, h_p, head_p, weight, cfg.reverse_weight)
-            else:                                        # cross-entropy is the forward KL to a one-hot p
-                targets = torch.tensor([t for _, r in batch for t in r], dtype=torch.long, device=device)
-                logps, entropy = linear_logp(h_q, head_q, targets)
-                loss, nothing = -(weight * logps).sum(), torch.zeros_like(entropy)
-                stats = (-logps.detach(), nothing, entropy, nothing)
+                h_p, W_p = teacher_hidden(models, micro, dtype)  # (N, H_t), (V_t, H_t)
+            timer.lap("teacher")
+            h_q = response_hidden(student, [response[:2] for response in micro], dtype)  # (N, H)
+            W_q = lm_head(student)  # (V, H); with fsdp it is whole after a forward
+            if cfg.teacher:
+                loss, *stats = linear_kl(h_q, W_q, h_p, W_p, weight, cfg.reverse_weight)
+            else:
+                loss, *stats = hard_label_loss(h_q, W_q, micro, weight)
             loss.backward()
-            totals += torch.stack([loss.detach(), *(s.sum() for s in stats)])
+            sums += torch.stack([loss.detach(), *(numbers.sum() for numbers in stats)])
             timer.lap("student")
 
-        # 4. one gradient sum over ranks (weights are already divided by the tokens of the whole step), clip, step
-        if all_tokens:
-            if world > 1 and not sharded:                # sharded gradients are summed in the backward
-                grads = [p.grad for p in parameters]
-                vector_to_parameters(utils.all_reduce(parameters_to_vector(grads)), grads)
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
-            grad_norm = grad_norm.full_tensor() if sharded else grad_norm
-            loss, *sums = utils.all_reduce(totals).tolist()
-            if not torch.isfinite(grad_norm + totals[0]):
-                batch_file = os.path.join(cfg.out_dir, f"nonfinite_step_{step + 1:06d}_rank_{rank}.jsonl")
-                utils.write_lines(batch_file, [{"prompt_ids": p, "response_ids": r} for p, r in sequences], mode="w")
-                raise UserError(f"step {step + 1}: loss {loss}, gradient norm {grad_norm.item()}: not finite, so no update was "
-                                f"made. The batch is in {batch_file}, the last checkpoint is untouched; --resume with a lower "
-                                f"learning_rate than {cfg.learning_rate}, or dtype=float32")
+        # 4. update: one sum of the gradients over ranks, clip, step
+        sums, grad_norm = all_reduce(sums).tolist(), 0.0
+        if totals["tokens"]:  # else there is nothing to learn from in this step
+            sum_gradients(parameters)
+            grad_norm = clip_grad_norm_(parameters, cfg.max_grad_norm)
+            if isinstance(grad_norm, DTensor):
+                grad_norm = grad_norm.full_tensor()
+            grad_norm = grad_norm.item()
+            stop_unless_finite(cfg, step + 1, sums[0], grad_norm, [pair[:2] for pair in batch])
             for group in optimizer.param_groups:
                 group["lr"] = cfg.learning_rate * min(1, (step + 1) / max(1, cfg.warmup_steps))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        else:                                            # nothing to learn from in this step
-            loss, sums, grad_norm = 0.0, [0.0] * 4, torch.zeros(())
         timer.lap("optimizer")
 
-        # 5. log. FLOPs as the paper counts them (appendix H.1): student prefixes G_s + F_t + 3 F_s, teacher prefixes
-        # F_t + 3 F_s, with the teacher's writing kept apart; cached 3 F_s, with the teacher's head kept apart
-        state["tflops"] += (3 * student_flops + teacher_flops + (writer_flops if cfg.prefix == "student" else 0)) / 1e12
-        timings = timer.summary()
-        if chief:
-            forward, reverse, entropy_q, entropy_p = (s / max(1, all_tokens) for s in sums)
-            row = {"step": step + 1, "loss": loss, "forward_kl": forward, "reverse_kl": reverse if cfg.teacher else None,
-                   "student_entropy": entropy_q, "teacher_entropy": entropy_p,
-                   "mean_length": all_tokens / max(1, all_sequences), "max_length": longest, "horizon": horizon,
-                   "truncated_share": truncated / cfg.batch_size, "grad_norm": grad_norm.item(),
-                   "learning_rate": optimizer.param_groups[0]["lr"], "tokens": int(all_tokens),
-                   "tokens_per_second": all_tokens / sum(timer.laps.values()), **timings, **gaps,
-                   "tflops": state["tflops"],
-                   "tflops_teacher_writing": writer_flops / 1e12 if cfg.prefix == "teacher" else 0.0,
-                   "tflops_teacher_head": 2 * head_p.numel() * all_tokens / 1e12 if cfg.teacher and not teacher else 0.0}
-            utils.write_lines(metrics_file, [row])
-            utils.print_row(COLUMNS, row, header=step % 20 == 0 or step == start_step)
+        # 5. log
+        row = metrics_row(cfg, state, sums, totals, models)
+        row |= {"step": step + 1, "horizon": horizon, "grad_norm": grad_norm,
+                "learning_rate": optimizer.param_groups[0]["lr"], **gaps, **timer}
+        seconds = sum(row[key] for key in row if key.endswith("_seconds"))
+        row["tokens_per_second"] = totals["tokens"] / seconds
+        if rank == 0:
+            write_lines(Path(cfg.out_dir, "metrics.jsonl"), [row])
+            print_row(COLUMNS, row, header=step % 20 == 0 or step == start_step)
 
-    if chief:
-        why = f"the gate closed at horizon {horizon}, on_gate_closed=stop; " if step < cfg.max_steps else ""
-        print(f"done: {why}{cfg.out_dir}/last; `python plot.py {cfg.out_dir}` draws the curves and prints a table")
+    why = ""
+    if step < cfg.max_steps:
+        why = f"the gate closed at horizon {curriculum.horizon()}, on_gate_closed=stop; "
+    print0(f"done: {why}{cfg.out_dir}/last; `python plot.py {cfg.out_dir}` draws the curves and "
+           f"prints a table")
+
+
+def split_and_count(cfg, batch, models):
+    """
+    The micro-batches of this rank, and what the whole step has over all ranks: {"tokens" and
+    "sequences" of responses, how many are "truncated", the "longest", and the FLOPs of a forward
+    of "student_flops" and "teacher_flops"}. Every rank runs equally many micro-batches, for with
+    FSDP each forward is a collective: what lacks is filled up with an empty response.
+    """
+    lengths = [len(response.prompt) + len(response.tokens) for response in batch]
+    own = {"tokens": sum(len(response.tokens) for response in batch), "sequences": len(batch),
+           "truncated": sum(not response.ended for response in batch)}
+    own["student_flops"] = forward_flops(models.student.config, lengths)
+    own["teacher_flops"] = 0
+    if models.teacher:
+        own["teacher_flops"] = forward_flops(models.teacher.config, lengths)
+    sums = all_reduce(torch.tensor([*own.values()], dtype=torch.float64)).tolist()
+    totals = dict(zip(own, sums))
+
+    micros = [[batch[i] for i in picked]
+              for picked in microbatches(lengths, cfg.max_tokens_per_microbatch)]
+    longest = max(len(response.tokens) for response in batch)
+    most = all_reduce(torch.tensor([longest, len(micros)]), dist.ReduceOp.MAX).tolist()
+    totals["longest"] = most[0]
+    micros += [[Response([0], [], True, None)]] * (most[1] - len(micros))
+    return micros, totals
+
+
+def metrics_row(cfg, state, sums, totals, models):
+    """
+    Means over the step's tokens, and FLOPs as the paper counts them (appendix H.1): student
+    prefixes G_s + F_t + 3 F_s; teacher prefixes F_t + 3 F_s, cached 3 F_s, beside which the
+    teacher's writing and its LM head are told apart.
+    """
+    source, tokens = prefix_source(cfg), totals["tokens"]
+    written = {"student": totals["student_flops"], "teacher": totals["teacher_flops"]}.get(source, 0)
+    spent = 3 * totals["student_flops"] + totals["teacher_flops"]
+    state["tflops"] += (spent + (written if source == "student" else 0)) / 1e12
+    head_size = 0 if models.head_p is None else models.head_p.numel()
+    forward, reverse, entropy_q, entropy_p = (total / max(1, tokens) for total in sums[1:])
+    return {"loss": sums[0], "forward_kl": forward, "reverse_kl": reverse if cfg.teacher else None,
+            "student_entropy": entropy_q, "teacher_entropy": entropy_p,
+            "mean_length": tokens / max(1, totals["sequences"]), "max_length": totals["longest"],
+            "truncated_share": totals["truncated"] / cfg.batch_size, "tokens": int(tokens),
+            "tflops": state["tflops"],
+            "tflops_teacher_writing": written / 1e12 if source == "teacher" else 0.0,
+            "tflops_teacher_head": 2 * head_size * tokens / 1e12}
 
 
 if __name__ == "__main__":
-    utils.run(main, __doc__, Config)
+    run(main, __doc__, Config)

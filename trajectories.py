@@ -1,162 +1,272 @@
 """
-The format of teacher trajectories: writer and reader of shards, and the teacher's head for cached states.
+The format of teacher trajectories: writer, reader, and the teacher's LM head for cached states.
+
+A trajectory is a prompt with a response that the teacher wrote to it. sample.py writes them once,
+train_distill.py reads them many times. They lie in one folder, in files called shards. A shard,
+000_00000.safetensors (the rank that wrote it, its number), holds n of them, in all M tokens, R of
+them tokens of responses:
+
+    tokens          (M,)      int32   prompt, response, prompt, response, ...
+    offsets         (n + 1,)  int64   where each prompt begins in tokens; the last entry is M
+    prompt_lengths  (n,)      int32
+    logps           (R,)      fp32    of the response tokens, under the full softmax at T = 1
+    stopped         (n,)      uint8   1: the response ends with a stop id. 0: it was cut
+    prompt_index    (n,)      int32   which prompt of the prompt file
+    sample          (n,)      int32   which of the responses to that prompt
+    hidden          (R, H_t)  bf16 or fp32, only with cache_hidden=True
+
+hidden are the teacher's last hidden states (of size H_t) that predict the response tokens. Their
+product with the teacher's LM head is its full distribution over the vocabulary of size V, so they
+replace a forward of the teacher in training. They take 2 H_t bytes a token, not 2 V, and are exact.
+
+The shard's metadata holds "settings", JSON of everything that decides what is in it. Beside each
+shard lies a .jsonl file with the same responses as text, to read, and the folder's tokenizer/ is
+the teacher's tokenizer.
+
+A shard gets its name only when all of it is on the disk, so a kill at any time leaves whole shards.
+Two shards belong together when their settings are equal. A byte that flips later is not noticed.
 """
 
 import json
 import os
-import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import cached_file
 
-import utils
-from utils import UserError
+from engine import model_revision
+from utils import UserError, first_line, load_model_config, write_lines
 
 SHARDS = "[0-9][0-9][0-9]_[0-9][0-9][0-9][0-9][0-9]"     # their names, before the suffix
 
 
-
-def finished(out_dir, settings):
-    """{(prompt index, sample)} of all shards in out_dir. UserError where one is damaged, or was made with other settings."""
-    done = set()
-    for path in sorted(Path(out_dir).glob(f"{SHARDS}.safetensors")):
-        try:
-            with safe_open(path, "pt") as shard:
-                made_with = json.loads(shard.metadata()["settings"])
-                ids = list(zip(shard.get_tensor("prompt_index").tolist(), shard.get_tensor("sample").tolist()))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is damaged ({error}); delete it and start again: what it held is sampled again") from error
-        for key, value in settings.items():
-            if made_with.get(key) != value:
-                raise UserError(f"{path} was made with {key}={made_with.get(key)!r}, not {value!r}; choose another out_dir, or "
-                                f"--overwrite")
-        done |= set(ids)
-    return done
-
-
-def write_shard(path, rows, hidden, metadata, records):
+class Response(NamedTuple):
     """
-    rows: (prompt index, sample, prompt ids, response ids, logps, stop reason); hidden: one (n, H_t) a row, or None. The JSON
-    lines first, then the shard under its name at once: a shard is whole or is not there.
+    A prompt and one response to it, as training sees them, whoever wrote the response: the teacher
+    (read from a shard, or written just now), the student, or the author of a prompt file.
     """
+    prompt: list[int]                   # token ids, chat template included
+    tokens: list[int]                   # token ids of the response, stop token included
+    ended: bool                         # True: the last token is a stop id. False: it was cut
+    hidden: torch.Tensor | None = None  # (n, H_t): the teacher's state that predicts each of the n
+                                        # tokens, or None where the teacher itself is run
+
+
+class Sampled(NamedTuple):
+    """A response on its way into a shard, with the log-probs and the place that a shard keeps."""
+    prompt_index: int
+    sample: int
+    prompt: list[int]
+    tokens: list[int]
+    logps: list[float]
+    stop_reason: str                    # "stop" or "length"
+
+
+def write_shard(path, rows, hidden, metadata, lines):
+    """
+    Write a whole shard, or nothing of it.
+
+    path: a Path that ends in .safetensors. rows: [Sampled]. hidden: one (n, H_t) tensor a row, or
+    []. metadata: {str: str}. lines: one dict a row, for the .jsonl file.
+    Raises UserError where the disk is full or cannot be written; nothing is left behind then.
+    """
+    indices, samples, prompts, tokens, logps, stop_reasons = zip(*rows)
+    int32 = torch.int32
+    sequences = [torch.tensor([*p, *t], dtype=int32) for p, t in zip(prompts, tokens)]
     tensors = {
-        "tokens": torch.cat([torch.tensor([*row[2], *row[3].tolist()], dtype=torch.int32) for row in rows]),
-        "offsets": torch.tensor([0] + [len(row[2]) + len(row[3]) for row in rows]).cumsum(0),
-        "prompt_lengths": torch.tensor([len(row[2]) for row in rows], dtype=torch.int32),
-        "logps": torch.cat([row[4] for row in rows]),
-        "stopped": torch.tensor([row[5] == "stop" for row in rows], dtype=torch.uint8),
-        "prompt_index": torch.tensor([row[0] for row in rows], dtype=torch.int32),
-        "sample": torch.tensor([row[1] for row in rows], dtype=torch.int32)}
-    if hidden:
-        tensors["hidden_crc"] = torch.tensor([zlib.crc32(h.view(torch.uint8).numpy()) for h in hidden])
-    metadata = {**metadata, "checksum": utils.fingerprint(tensors)}
+        "tokens": torch.cat(sequences),
+        "offsets": torch.tensor([0, *map(len, sequences)]).cumsum(0),
+        "prompt_lengths": torch.tensor([*map(len, prompts)], dtype=int32),
+        "logps": torch.cat([*map(torch.tensor, logps)]),
+        "stopped": torch.tensor([why == "stop" for why in stop_reasons], dtype=torch.uint8),
+        "prompt_index": torch.tensor(indices, dtype=int32),
+        "sample": torch.tensor(samples, dtype=int32),
+    }
     if hidden:
         tensors["hidden"] = torch.cat(hidden)
-    temporary, jsonl = f"{path}.tmp", path.with_suffix(".jsonl")
+
+    temporary = f"{path}.tmp"
     try:
-        utils.write_lines(jsonl, records, mode="w")
-        save_file(tensors, temporary, {key: value if isinstance(value, str) else json.dumps(value) for key, value in
-                                       metadata.items()})
+        save_file(tensors, temporary, metadata)
         with open(temporary) as file:
-            os.fsync(file.fileno())                      # a network disk may say only now that it is full
+            os.fsync(file.fileno())     # a network disk may say only now that it is full
+        write_lines(path.with_suffix(".jsonl"), lines, mode="w")
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        for leftover in (temporary, jsonl, f"{jsonl}.tmp"):
-            Path(leftover).unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error}; the shards before it are whole: make room and start again with the "
-                        f"same command") from error
+        raise UserError(
+            f"cannot write {path}: {first_line(error)}; the shards before it are whole: make room "
+            f"and start again with the same command"
+        ) from error
+    finally:
+        for leftover in path.parent.glob(f"{path.stem}.*.tmp"):
+            leftover.unlink()
+
+
+class Shard:
+    """
+    One shard, memory-mapped: a tensor is read from the disk where it is used. shard[row] is a
+    Response. Raises UserError where the file is cut short, empty, or no shard at all.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            file = safe_open(path, "pt")
+            self.settings = json.loads(file.metadata()["settings"])
+            self.tensors = tensors = {name: file.get_tensor(name) for name in file.keys()}
+            self.offsets = tensors["offsets"]
+            self.prompt_ends = self.offsets[:-1] + tensors["prompt_lengths"]
+            # The (prompt index, sample) of each row.
+            self.keys = [*zip(tensors["prompt_index"].tolist(), tensors["sample"].tolist())]
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path} is damaged ({first_line(error)}); delete it and run sample.py again with "
+                f"its command: what it held is sampled again"
+            ) from error
+        self.lengths = self.offsets[1:] - self.prompt_ends      # (n,) tokens of each response
+        self.hidden_ends = self.lengths.cumsum(0)       # hidden has rows for response tokens only
+
+    def must_match(self, settings, others, remedy):
+        """UserError where the shard was not made with these settings."""
+        for key, value in settings.items():
+            mine = self.settings.get(key)
+            if mine != value:
+                raise UserError(
+                    f"{self.path} was made with {key}={mine!r}, {others} {value!r}; {remedy}"
+                )
+
+    def __getitem__(self, row):
+        tokens = self.tensors["tokens"]
+        begin, end = self.offsets[row:row + 2]
+        middle = self.prompt_ends[row]
+        hidden = self.tensors.get("hidden")
+        if hidden is not None:
+            last = self.hidden_ends[row]
+            hidden = hidden[last - self.lengths[row]:last]
+        return Response(
+            prompt=tokens[begin:middle].tolist(),
+            tokens=tokens[middle:end].tolist(),
+            ended=bool(self.tensors["stopped"][row]),
+            hidden=hidden,
+        )
+
+
+def shards(folder):
+    """The shards of a folder in the order of their names, each opened when its turn comes."""
+    return map(Shard, sorted(Path(folder).glob(f"{SHARDS}.safetensors")))
+
+
+def finished(out_dir, settings):
+    """
+    {(prompt index, sample)} of all shards in out_dir. Raises UserError where a shard is damaged, or
+    was made with other settings than these.
+    """
+    done = set()
+    for shard in shards(out_dir):
+        shard.must_match(settings, "not", "choose another out_dir, or --overwrite")
+        done.update(shard.keys)
+    return done
 
 
 class Trajectories:
     """
-    The shards of sample.py (its header has the format), memory-mapped: self[i] = (prompt ids, response ids, ended by itself,
-    hidden states (n, H_t) or None), in the order of prompts and samples however they are spread over shards.
+    The shards of a folder as one sequence: self[i] is a Response, in the order of prompts and
+    samples, however they are spread over shards. Empty responses are left out: they teach nothing.
+
+        settings    what made the shards
+        cached      whether a Response has hidden states: they are there, and want_hidden is True
+        rows        [((prompt index, sample), number of the shard, row in it)], sorted
+
+    Raises UserError where shards are damaged, have different settings or a sequence twice, or where
+    there are none.
     """
 
     def __init__(self, folder, want_hidden):
-        self.folder, self.shards, self.rows = Path(folder), [], []
-        for path in sorted(self.folder.glob("[0-9]*_[0-9]*.safetensors")):
-            try:
-                shard = safe_open(path, "pt")
-                small = {key: shard.get_tensor(key) for key in shard.keys() if key != "hidden"}
-                settings = json.loads(shard.metadata()["settings"])
-                if shard.metadata()["checksum"] != utils.fingerprint(small):
-                    raise ValueError("its checksum is wrong")
-                ids = zip(small["prompt_index"].tolist(), small["sample"].tolist())
-                small["prompt_ends"] = small["offsets"][:-1] + small["prompt_lengths"]
-                small["hidden_begins"] = small["offsets"][:-1] - small["prompt_lengths"].cumsum(0) + small["prompt_lengths"]
-            except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-                raise self.damaged(path, error) from error
-            for key, value in (self.settings if self.shards else settings).items():
-                if settings.get(key) != value:
-                    raise UserError(f"{path} was made with {key}={settings.get(key)!r}, shards before it with {value!r}; keep "
-                                    f"one kind in {folder}")
-            self.settings = settings
-            filled = (small["offsets"][1:] > small["prompt_ends"]).tolist()      # an empty response teaches nothing
-            self.rows += [(key, len(self.shards), row) for row, key in enumerate(ids) if filled[row]]
-            self.shards.append((path, shard, small))
-        if not self.rows:
-            raise UserError(f"no trajectories in {folder}: write them first: python sample.py configs/toy_sample.py "
-                            f"--out_dir={folder}")
+        self.folder = Path(folder)
+        self.shards = list(shards(folder))
+        self.rows = []
+        for number, shard in enumerate(self.shards):
+            self.settings = self.shards[0].settings
+            shard.must_match(self.settings, "shards before it with", f"keep one kind in {folder}")
+            for row, key in enumerate(shard.keys):
+                if shard.lengths[row] > 0:
+                    self.rows.append((key, number, row))
         self.rows.sort()
+
+        if not self.rows:
+            raise UserError(
+                f"no trajectories in {folder}: write them first: "
+                f"python sample.py configs/toy_sample.py --out_dir={folder}"
+            )
         if len({key for key, _, _ in self.rows}) < len(self.rows):
-            raise UserError(f"{folder} holds some sequences twice; keep the shards of one run of sample.py")
+            raise UserError(
+                f"{folder} holds some sequences twice; keep the shards of one run of sample.py"
+            )
         self.cached = self.settings["cache_hidden"] and want_hidden
 
-    @staticmethod
-    def damaged(path, error):
-        return UserError(f"{path} is damaged ({str(error).splitlines()[0]}); delete it and run sample.py again with its "
-                         f"command: what it held is sampled again")
-
     def check(self, horizon, positions, vocab_size):
-        """UserError where a sequence does not fit these models."""
-        for path, _, small in self.shards:
-            begins, ends, prompt_ends = small["offsets"][:-1], small["offsets"][1:], small["prompt_ends"]
-            longest = (torch.minimum(ends, prompt_ends + horizon) - begins).max().item()
+        """
+        UserError where a sequence does not fit the models: where its prompt and the first `horizon`
+        tokens of its response pass `positions`, or an id in it is not below `vocab_size`.
+        """
+        for shard in self.shards:
+            lengths = shard.tensors["prompt_lengths"] + shard.lengths.clamp(max=horizon)
+            longest = lengths.max().item()
             if longest > positions:
-                raise UserError(f"{path} has sequences of {longest} tokens, which pass max_position_embeddings={positions}; "
-                                f"lower max_new_tokens or horizons")
-            if (largest := small["tokens"].max().item()) >= vocab_size:
-                raise UserError(f"{path} holds id {largest}, the smaller vocabulary ends at {vocab_size - 1}: choose models of "
-                                f"one family, or sample with --student, which leaves such ids out")
+                raise UserError(
+                    f"{shard.path} has sequences of {longest} tokens, which pass "
+                    f"max_position_embeddings={positions}; lower max_new_tokens or horizons"
+                )
+            largest = shard.tensors["tokens"].max().item()
+            if largest >= vocab_size:
+                raise UserError(
+                    f"{shard.path} holds id {largest}, the smaller vocabulary ends at "
+                    f"{vocab_size - 1}: choose models of one family, or sample with --student, "
+                    f"which leaves such ids out"
+                )
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, i):
         _, number, row = self.rows[i]
-        path, shard, small = self.shards[number]
-        (begin, end), middle = small["offsets"][row:row + 2].tolist(), small["prompt_ends"][row].item()
-        tokens, hidden = small["tokens"][begin:end].tolist(), None
-        if self.cached:
-            first = small["hidden_begins"][row].item()                           # hidden has rows for response tokens only
-            hidden = shard.get_slice("hidden")[first:first + end - middle]
-            if zlib.crc32(hidden.contiguous().view(torch.uint8).numpy()) != small["hidden_crc"][row]:
-                raise self.damaged(path, "the hidden states' checksum is wrong")
-        return tokens[:middle - begin], tokens[middle - begin:], bool(small["stopped"][row]), hidden
+        response = self.shards[number][row]
+        return response if self.cached else response._replace(hidden=None)
 
 
 def load_head(path, data):
-    """The LM head (V, H_t) of `path`, without the rest. UserError where the hidden states in `data` are another model's."""
-    made_by = data.settings["model"]
-    utils.check_weights(path)
+    """
+    The LM head (V, H_t) of the model at `path`, read without the rest of the model, for the hidden
+    states in `data` (Trajectories). Raises UserError where they are not this model's.
+    """
     try:
-        index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+        index = cached_file(
+            path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False
+        )
+        # A checkpoint of several files has an index that tells which tensor is in which file.
         files = json.loads(Path(index).read_text())["weight_map"] if index else {}
-        tied = utils.load_model_config(path).tie_word_embeddings
+        tied = load_model_config(path).tie_word_embeddings
         name = "model.embed_tokens.weight" if tied else "lm_head.weight"
         with safe_open(cached_file(path, files.get(name, "model.safetensors")), "pt") as weights:
             head = weights.get_tensor(name)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot read its LM head: {str(error).splitlines()[0]}") from error
-    if head.shape[1] != data.settings["hidden_size"]:
-        raise UserError(f"{data.folder} holds hidden states of {made_by}, of size {data.settings['hidden_size']}, the LM head "
-                        f"of {path} takes {head.shape[1]}; set teacher={made_by!r}")
-    ours, theirs = utils.model_revision(path), data.settings["revision"]
-    if ours != theirs and len(ours) == len(theirs):      # a hub's commit and a folder's fingerprint cannot be compared
-        raise UserError(f"{data.folder} holds hidden states of {made_by}, revision {theirs}; {path} is {ours}; set teacher to "
-                        f"that one, or sample again")
+        raise UserError(f"{path}: cannot read its LM head: {first_line(error)}") from error
+
+    made = data.settings
+    if head.shape[1] != made["hidden_size"]:
+        raise UserError(
+            f"{data.folder} holds hidden states of {made['model']}, of size {made['hidden_size']}, "
+            f"the LM head of {path} takes {head.shape[1]}; set teacher={made['model']!r}"
+        )
+    ours = model_revision(path)
+    theirs = made["revision"]
+    # A commit of the hub and the fingerprint of a folder have different lengths: not comparable.
+    if ours != theirs and len(ours) == len(theirs):
+        raise UserError(
+            f"{data.folder} holds hidden states of {made['model']}, revision {theirs}; {path} is "
+            f"{ours}; set teacher to that one, or sample again"
+        )
     return head

@@ -1,4 +1,5 @@
-# toy_sample.py - the toy teacher's responses to the training prompts, with its hidden states: for toy_sft and toy_offline.
+# toy_sample.py - the toy teacher's responses to the training prompts, with its hidden states: for
+# toy_sft and toy_offline.
 model = "data/toy/teacher"
 student = "data/toy/student"
 prompts = "data/toy/train.jsonl"

@@ -1,37 +1,53 @@
 """
-The real benchmarks and training prompts as JSONL with one schema: problem, answer, source.
+The real benchmarks and training prompts as JSONL files of one schema: problem, answer, source.
 
-    python data/benchmarks.py                         # all of them from the model hub, into data/ (pip install -e ".[data]")
-    python data/benchmarks.py gsm8k math500                 # some of them
-    python data/benchmarks.py --from-dir=DIR                # from local copies of the original files
+    python data/benchmarks.py                   # all of them, from the model hub, into data/
+    python data/benchmarks.py gsm8k math500     # some of them
+    python data/benchmarks.py --from-dir=DIR    # from local copies of the original files
 
-Counts are checked (GSM8K test 1319, MATH500 500, MATH test 5000, AMC23 40, AIME24 30), and a checksum of every file's content
-is written beside it and compared at the next run.
+Fetching needs `pip install -e ".[data]"`. The number of rows is checked (GSM8K test 1319, MATH500
+500, MATH test 5000, AMC23 40, AIME24 30). A checksum of each file's content is written beside it,
+and the next run refuses content that has changed.
 """
-
-import os
-import sys
-
-if __name__ == "__main__":                               # or this file would be everybody's `import math`
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
 import hashlib
 import json
+import sys
 from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))                    # the folder of grade.py
 
 from grade import extract_answer
 
-HERE = Path(__file__).parent
 
-# name: (rows, or None for any number; dataset on the hub, its configuration and split; names of local copies)
+class Source(NamedTuple):
+    rows: int | None                                    # how many there must be; None: any number
+    hub: tuple                                          # (dataset, its configuration, its split)
+    files: tuple                                        # names that a local copy may have
+
+
 SOURCES = {
-    "gsm8k": (1319, ("openai/gsm8k", "main", "test"), ["gsm8k_test.jsonl", "gsm8k.jsonl", "test.jsonl"]),
-    "math500": (500, ("HuggingFaceH4/MATH-500", None, "test"), ["math500.jsonl", "MATH-500.jsonl"]),
-    "math": (5000, ("DigitalLearningGmbH/MATH-lighteval", None, "test"), ["math.jsonl", "math_test.jsonl"]),
-    "amc23": (40, ("math-ai/amc23", None, "test"), ["amc23.jsonl"]),
-    "aime24": (30, ("HuggingFaceH4/aime_2024", None, "train"), ["aime24.jsonl", "aime_2024.jsonl"]),
-    "deepscaler": (None, ("agentica-org/DeepScaleR-Preview-Dataset", None, "train"), ["deepscaler.jsonl", "deepscaler.json"]),
+    "gsm8k": Source(
+        1319, ("openai/gsm8k", "main", "test"),
+        ("gsm8k_test.jsonl", "gsm8k.jsonl", "test.jsonl")),
+    "math500": Source(
+        500, ("HuggingFaceH4/MATH-500", None, "test"),
+        ("math500.jsonl", "MATH-500.jsonl")),
+    "math": Source(
+        5000, ("DigitalLearningGmbH/MATH-lighteval", None, "test"),
+        ("math.jsonl", "math_test.jsonl")),
+    "amc23": Source(
+        40, ("math-ai/amc23", None, "test"),
+        ("amc23.jsonl",)),
+    "aime24": Source(
+        30, ("HuggingFaceH4/aime_2024", None, "train"),
+        ("aime24.jsonl", "aime_2024.jsonl")),
+    "deepscaler": Source(
+        None, ("agentica-org/DeepScaleR-Preview-Dataset", None, "train"),
+        ("deepscaler.jsonl", "deepscaler.json")),
 }
 
 
@@ -43,68 +59,84 @@ def convert(name, row, where):
     """One row of an original file in our schema; None for a training prompt without an answer."""
     problem = row.get("problem", row.get("question"))
     answer = row.get("answer")
-    if name == "gsm8k" and isinstance(answer, str):      # a worked solution that ends in "#### 42"
+    if name == "gsm8k" and isinstance(answer, str):     # a worked solution that ends in "#### 42"
         answer = answer.rpartition("####")[2].strip()
-    if answer is None and row.get("solution"):           # MATH: only the solution, with a box
+    if answer is None and row.get("solution"):          # MATH: only the solution, with a box
         answer = extract_answer(row["solution"])
     if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)                             # AMC23 has 27.0
+        answer = int(answer)                            # AMC23 has 27.0
     if name == "deepscaler" and answer in (None, ""):
-        return None                                      # a prompt to train on needs an answer to be graded by
+        return None                                     # no answer to grade a response by
     if not problem or answer in (None, ""):
         raise DataError(f"{where}: no problem or no answer; found the keys {sorted(row)}")
     return {"problem": problem.strip(), "answer": str(answer).strip(), "source": name}
 
 
 def read(path):
-    """Rows of a .jsonl or .json (one list) file."""
+    """The rows of a .jsonl file, or of a .json file that is one list."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
+        if path.suffix == ".json":
+            return json.loads(text)
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: {error}") from error
 
 
 def fetch(name):
-    """Rows of the original dataset on the hub."""
+    """The rows of the original dataset on the hub."""
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise DataError("fetching needs the datasets package: pip install -e '.[data]'; or use --from-dir") from error
-    repo, configuration, split = SOURCES[name][1]
+        raise DataError("fetching needs the datasets package: pip install -e '.[data]'; "
+                        "or use --from-dir") from error
+    repo, configuration, split = SOURCES[name].hub
     try:
         return load_dataset(repo, configuration, split=split).to_list()
-    except Exception as error:                           # whatever the network, the hub and the parsers of its files raise
-        raise DataError(f"{name}: cannot fetch {repo}: {str(error).strip().splitlines()[0]}; copy its file here and use "
-                        f"--from-dir") from error
+    except Exception as error:          # whatever the network, the hub and its files' parsers raise
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(f"{name}: cannot fetch {repo}: {reason}; copy its file here and use "
+                        "--from-dir") from error
 
 
 def make(name, from_dir, out):
-    """Write out/NAME.jsonl and its checksum; returns the number of rows, or None where from_dir has no copy of it."""
-    count, _, local = SOURCES[name]
+    """
+    Write out/NAME.jsonl and its checksum. Returns the number of rows, or None where from_dir has no
+    copy of the file. Raises DataError where rows are missing or their content has changed.
+    """
+    source = SOURCES[name]
     if from_dir:
-        found = [Path(from_dir) / file for file in local if (Path(from_dir) / file).is_file()]
-        if not found:
+        copies = [Path(from_dir) / file for file in source.files]
+        where = next((path for path in copies if path.is_file()), None)
+        if where is None:
             return None
-        rows, where = read(found[0]), found[0]
+        originals = read(where)
     else:
-        rows, where = fetch(name), name
-    rows = list(filter(None, (convert(name, row, f"{where}, row {i}") for i, row in enumerate(rows, 1))))
-    if count and len(rows) != count:
-        raise DataError(f"{where}: {len(rows)} rows, {name} has {count}; is this another split, or a part of it?")
+        where = name
+        originals = fetch(name)
+
+    converted = [convert(name, row, f"{where}, row {i}") for i, row in enumerate(originals, 1)]
+    rows = [row for row in converted if row is not None]
+    if source.rows and len(rows) != source.rows:
+        raise DataError(f"{where}: {len(rows)} rows, {name} has {source.rows}; "
+                        "is this another split, or a part of it?")
+
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    digest, note = hashlib.sha256(text.encode()).hexdigest(), out / f"{name}.sha256"
-    if note.is_file() and note.read_text().split()[0] != digest:
-        raise DataError(f"{where}: its content is not what {note} was written for; delete that file if you want the new one")
-    target = out / f"{name}.jsonl"
-    target.with_suffix(".tmp").write_text(text, encoding="utf-8")
-    target.with_suffix(".tmp").replace(target)
-    note.write_text(f"{digest}  {name}.jsonl\n")
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    checksum = out / f"{name}.sha256"
+    if checksum.is_file() and checksum.read_text().split()[0] != digest:
+        raise DataError(f"{where}: its content is not what {checksum} was written for; "
+                        "delete that file if you want the new one")
+    temporary = out / f"{name}.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(out / f"{name}.jsonl")
+    checksum.write_text(f"{digest}  {name}.jsonl\n")
     return len(rows)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(SOURCES)}; none: all")
     parser.add_argument("--from-dir", help="folder with the original files")
     parser.add_argument("--out", type=Path, default=HERE)
@@ -114,10 +146,12 @@ def main():
     for name in args.names or SOURCES:
         try:
             rows = make(name, args.from_dir, args.out)
-            done = f"{rows} rows -> {args.out / name}.jsonl" if rows else f"no copy in {args.from_dir}: left out"
-            print(f"{name:<11} {done}")
         except DataError as error:
             sys.exit(f"error: {error}")
+        if rows is None:
+            print(f"{name:<11} no copy in {args.from_dir}: left out")
+        else:
+            print(f"{name:<11} {rows} rows -> {args.out / name}.jsonl")
 
 
 if __name__ == "__main__":
