@@ -149,21 +149,16 @@ def validate(cfg, world):
     need(0 <= cfg.reverse_weight <= 1, cfg, "reverse_weight",
          "must be in [0, 1]; 0 is forward KL, 1 reverse KL")
     need(cfg.batch_size % world == 0, cfg, "batch_size",
-         f"must be a positive multiple of the {world} processes; "
-         f"try {max(1, cfg.batch_size // world) * world}")
-    grows = list(cfg.horizons) == sorted({*cfg.horizons})
-    need(grows and min(cfg.horizons, default=1) >= 1, cfg, "horizons",
-         "must be positive and grow from rung to rung")
+         f"must be a multiple of the {world} processes; try {-(-cfg.batch_size // world) * world}")
+    need(list(cfg.horizons) == sorted({*cfg.horizons}) and 0 < min(cfg.horizons, default=1), cfg,
+         "horizons", "must be positive and grow from rung to rung")
     need(cfg.floor_unit == "nats" or cfg.entropy_floor <= 1, cfg, "entropy_floor",
-         'above 1 x the entropy at the end of the first rung no rung opens; lower it, or set '
-         'floor_unit="nats"')
-    if cfg.trajectories is not None:
-        need(cfg.prefix == "teacher", cfg, "trajectories",
-             'what is on disk was not written by this student; set prefix="teacher"')
+         'above 1 x the entropy of the first rung none opens; lower it, or set floor_unit="nats"')
+    need(cfg.prefix == "teacher" or not cfg.trajectories, cfg, "trajectories",
+         'what is on disk was not written by this student; set prefix="teacher"')
     hard = cfg.prefix == "teacher" and cfg.reverse_weight == 0 and not cfg.eval_teacher
-    need(cfg.teacher or hard, cfg, "teacher",
-         'SFT on hard labels needs prefix="teacher", reverse_weight=0 (reverse KL to a hard label '
-         'is infinite) and eval_teacher=False')
+    need(cfg.teacher or hard, cfg, "teacher", 'SFT on hard labels needs prefix="teacher", '
+         'reverse_weight=0 (reverse KL to a hard label is infinite) and eval_teacher=False')
 
 
 # ---------------------------------------------------------------------------------------- prefixes
@@ -223,7 +218,11 @@ def token_weights(micro, tokens, sequences, loss_norm):
     return torch.tensor(weights)
 
 
-def teacher_hidden(models, micro, dtype):
+def pairs(responses):
+    return [(response.prompt, response.tokens) for response in responses]
+
+
+def teacher_hidden(models, micro):
     """
     The teacher's hidden states (N, H_t) at the response tokens of a micro-batch, and its LM head
     (V_t, H_t): from a forward, or from the disk, where the head is all that was loaded.
@@ -232,7 +231,7 @@ def teacher_hidden(models, micro, dtype):
         cached = [response.hidden.to(models.head_p) for response in micro if response.tokens]
         return torch.cat([models.head_p[:0], *cached]), models.head_p
     with torch.no_grad():
-        hidden = response_hidden(models.teacher, [response[:2] for response in micro], dtype)
+        hidden = response_hidden(models.teacher, pairs(micro), models.dtype)
     return hidden, lm_head(models.teacher)
 
 
@@ -279,13 +278,13 @@ def ladder(cfg):
 
 
 def open_horizon(cfg, state):
-    return ladder(cfg)[min(state["rung"], len(ladder(cfg)) - 1)]
+    return ladder(cfg)[:state["rung"] + 1][-1]
 
 
 def gate_is_due(cfg, state):
-    if state["closed"] or state["rung"] + 1 >= len(ladder(cfg)):
-        return False
-    return state["step"] >= state["rung_began"] + cfg.steps_per_horizon
+    ends = state["rung_began"] + cfg.steps_per_horizon
+    is_last = state["rung"] + 1 >= len(ladder(cfg))
+    return state["step"] >= ends and not is_last and not state["closed"]
 
 
 def pass_gate(cfg, state, models, data, engine, optimizer):
@@ -323,6 +322,7 @@ class Models:
     student: Any  # fp32 masters
     teacher: Any  # in the compute dtype; None: its head is enough, or there is none
     head_p: Any  # (V_t, H_t) of a teacher whose hidden states are cached, else None
+    dtype: Any  # of the computation
     tokenizer: Any  # the student's, with the teacher's chat template: it goes into checkpoints
     template: Any  # the tokenizer that makes the prompts and reads the responses
     vocab_size: int  # ids below it have a row in both embeddings
@@ -334,41 +334,40 @@ def load_models(cfg, trajectories, device):
     """Both models and their tokenizers, checked against each other, sharded with cfg.fsdp."""
     tokenizer = template = load_tokenizer(cfg.student)
     for path in (cfg.teacher, trajectories and trajectories.folder / "tokenizer"):
-        if path is not None:
+        if path:
             template = load_tokenizer(path)
             check_tokenizers(tokenizer, template, "the student", "the teacher")
             tokenizer.chat_template = template.chat_template
-    sharded = cfg.fsdp and dist.is_initialized()
+    dtype, sharded = getattr(torch, cfg.dtype), cfg.fsdp and dist.is_initialized()
     host = "cpu" if sharded else device  # sharding moves a layer at a time
-    dtype = getattr(torch, cfg.dtype)
     student = load_model(cfg.student, torch.float32, host)
-    both, sizes, teacher, head_p = [student], [len(lm_head(student))], None, None
+    models, heads, teacher, head_p = [student], [lm_head(student)], None, None
     if trajectories and trajectories.cached:
         need(not cfg.eval_teacher, cfg, "eval_teacher",
              "beside cached hidden states only the teacher's LM head is loaded; set it False")
         head_p = load_head(cfg.teacher, trajectories).to(device, dtype)
-        sizes.append(len(head_p))
+        heads.append(head_p)
     elif cfg.teacher:
         teacher = load_model(cfg.teacher, dtype, host).requires_grad_(False)
-        both.append(teacher)
-        sizes.append(len(lm_head(teacher)))
-    positions = min(model.config.max_position_embeddings for model in both)
-    for model in both if sharded else ():
+        models.append(teacher)
+        heads.append(lm_head(teacher))
+    vocab_size = min(map(len, heads))
+    positions = min(model.config.max_position_embeddings for model in models)
+    for model in models if sharded else ():
         shard(model, device, dtype)
     for layer in student.base_model.layers if cfg.gradient_checkpointing else ():
         layer.forward = functools.partial(run_again_in_backward, layer.forward,
                                           use_reentrant=False, preserve_rng_state=False)
 
     own = stop_ids(student.generation_config, tokenizer)
-    either = {*own}
-    if teacher:
-        either |= {*stop_ids(teacher.generation_config, template)}
-    if trajectories:
-        either |= {*trajectories.settings["stop_ids"]}
-    stops = {"own": own, "teacher": sorted(either)}
-    stops["student"] = stops["teacher"] if cfg.stop == "union" else own
+    theirs = stop_ids(teacher.generation_config, template) if teacher else []
+    written = trajectories.settings["stop_ids"] if trajectories else []
+    stops = {"own": own, "student": own, "teacher": sorted({*own, *theirs, *written})}
+    if cfg.stop == "union":
+        stops["student"] = stops["teacher"]
     student.generation_config.eos_token_id = stops["student"]  # for who loads its checkpoints
-    return Models(student, teacher, head_p, tokenizer, template, min(sizes), positions, stops)
+    return Models(student, teacher, head_p, dtype, tokenizer, template, vocab_size, positions,
+                  stops)
 
 
 def shard(model, device, dtype):
@@ -409,68 +408,63 @@ def encode_data(cfg, models, trajectories, problems, held_out):
     usable = usable_prompts(cfg.prompts, problems, models.template, horizon, *limits)
     data.prompts = list(usable.values())
     if cfg.teacher is None:
+        end = models.tokenizer.eos_token_id
+        end = end if end in models.stops["own"] else models.stops["own"][0]
         data.responses = []
-        own, eos = models.stops["own"], models.tokenizer.eos_token_id
         for i, prompt in usable.items():
-            solution = problems[i]["solution"] or ""
-            if not solution.strip():
+            solution = problems[i]["solution"]
+            if not (solution or "").strip():
                 raise UserError(f"{cfg.prompts}: teacher=None trains on solutions, and problem "
                                 f"{problems[i]['problem'][:40]!r} has none; add a \"solution\" to "
                                 f"every line, name a teacher, or give trajectories")
             tokens = models.tokenizer.encode(solution, add_special_tokens=False)
-            tokens.append(eos if eos in own else own[0])
-            data.responses.append(Response(prompt, tokens, True, None))
+            data.responses.append(Response(prompt, [*tokens, end], True, None))
     return data
 
 
 def make_engines(cfg, models, data, device):
     """
-    {"student": engine, "teacher": engine or None}. vLLM can put only one engine of a process to
+    {"student": engine, "teacher": engine, if there is one to run}. vLLM can put only one engine of a process to
     sleep, so where the teacher writes the prefixes it has vLLM, and the student's evaluations use
     transformers.
     """
-    kind = choose_engine(cfg.engine, device)
-    writer = "teacher" if prefix_source(cfg) == "teacher" else "student"
+    kind, writer = choose_engine(cfg.engine, device), prefix_source(cfg)
     prompts = [*data.prompts, *(prompt for _, prompt in data.held_out)]
     longest = max(map(len, prompts), default=0) + max(ladder(cfg)[-1], cfg.eval_max_new_tokens)
-    options = getattr(torch, cfg.dtype), models.vocab_size, longest
-    engines = {"student": models.student, "teacher": models.teacher}
-    for name, model in engines.items():
-        own = kind if name == writer else "hf"
-        engines[name] = model and make_engine(own, cfg, model, *options)
+    options = models.dtype, models.vocab_size, longest
+    first, second = (kind, "hf") if writer != "teacher" else ("hf", kind)
+    engines = {"student": make_engine(first, cfg, models.student, *options)}
+    if models.teacher:
+        engines["teacher"] = make_engine(second, cfg, models.teacher, *options)
     return engines
 
 
 # -------------------------------------------------------------------------------- a step in numbers
 
-def split(cfg, batch):
+def split(cfg, batch, models):
     """
-    Micro-batches of this rank's responses, equally many on each rank, for with FSDP each forward
-    is a collective: an empty response fills up what lacks.
+    Micro-batches of this rank's responses, and what the whole step has over all ranks: "tokens" and
+    "sequences" of responses, how many are "truncated", the "longest", and the FLOPs of a forward of
+    the "student" and the "teacher". Every rank has equally many micro-batches, for with FSDP each
+    forward is a collective: an empty response fills up what lacks.
     """
-    lengths = [len(response.prompt) + len(response.tokens) for response in batch]
+    responses = [len(response.tokens) for response in batch]
+    lengths = [len(response.prompt) + n for response, n in zip(batch, responses)]
+    own = {"tokens": sum(responses), "sequences": len(batch),
+           "truncated": sum(not response.ended for response in batch),
+           "student": forward_flops(models.student.config, lengths), "teacher": 0}
+    if models.teacher:
+        own["teacher"] = forward_flops(models.teacher.config, lengths)
+    sums = all_reduce(torch.tensor([*own.values()], dtype=torch.float64))
     micros = [[batch[i] for i in picked]
               for picked in microbatches(lengths, cfg.max_tokens_per_microbatch)]
-    most = all_reduce(torch.tensor(len(micros)), dist.ReduceOp.MAX).item()
-    return micros + [[Response([0], [], True, None)]] * (most - len(micros))
+    most = torch.tensor([max(responses), len(micros)])
+    longest, forwards = all_reduce(most, dist.ReduceOp.MAX).tolist()
+    micros += [[Response([0], [], True, None)]] * (forwards - len(micros))
+    return micros, dict(zip(own, sums.tolist())) | {"longest": longest}
 
 
-def total(batch, models):
-    """
-    What the whole step has, over all ranks: {"tokens" and "sequences" of responses, how many are
-    "truncated", and the FLOPs of a forward of the "student" and of the "teacher"}.
-    """
-    lengths = [len(response.prompt) + len(response.tokens) for response in batch]
-    own = {"tokens": sum(len(response.tokens) for response in batch), "sequences": len(batch),
-           "truncated": sum(not response.ended for response in batch)}
-    for name in ("student", "teacher"):
-        model = getattr(models, name)
-        own[name] = forward_flops(model.config, lengths) if model else 0
-    sums = all_reduce(torch.tensor([*own.values()], dtype=torch.float64))
-    return dict(zip(own, sums.tolist()))
-
-
-def metrics_row(cfg, state, models, totals, sums, longest):
+def metrics_row(cfg, state, models, totals, sums):
     """
     Means over the step's tokens, and FLOPs as the paper counts them (appendix H.1): student
     prefixes G_s + F_t + 3 F_s; teacher prefixes F_t + 3 F_s, cached 3 F_s, beside which the
@@ -484,7 +478,7 @@ def metrics_row(cfg, state, models, totals, sums, longest):
     loss, forward, reverse, entropy_q, entropy_p = (x / max(1, tokens) for x in sums)
     return {"loss": sums[0], "forward_kl": forward, "reverse_kl": reverse if cfg.teacher else None,
             "student_entropy": entropy_q, "teacher_entropy": entropy_p,
-            "mean_length": tokens / max(1, totals["sequences"]), "max_length": longest,
+            "mean_length": tokens / max(1, totals["sequences"]), "max_length": totals["longest"],
             "truncated_share": totals["truncated"] / cfg.batch_size, "tokens": int(tokens),
             "tflops": state["tflops"],
             "tflops_teacher_writing": writing / 1e12,
@@ -519,7 +513,7 @@ def main(argv):
     data = encode_data(cfg, models, trajectories, problems, held_out)
     engines = make_engines(cfg, models, data, device)
 
-    student, dtype = models.student, getattr(torch, cfg.dtype)
+    student = models.student
     parameters = list(student.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, fused=True,
                                   weight_decay=cfg.weight_decay)
@@ -529,10 +523,6 @@ def main(argv):
     open_run(cfg, origin, state)  # from here on files are written
     start_step, count = state["step"], len(data.responses or data.prompts)
     print0(f"{count} prompts, {world} process(es) on {device.type}, from step {start_step}")
-    climb = cfg.steps_per_horizon * (len(ladder(cfg)) - 1)
-    if 0 < climb >= cfg.max_steps:
-        print0(f"warning: max_steps={cfg.max_steps}: the last horizon opens after {climb} steps at "
-               f"the earliest")
     catch_signals()
 
     for step in range(start_step, cfg.max_steps + 1):  # updates so far; the last only evaluates
@@ -568,7 +558,7 @@ def main(argv):
                  for place in range(rank, cfg.batch_size, world)]
         check = step == start_step or step % cfg.check_sync_every == 0
         batch, gaps = prefixes(cfg, slots, horizon, data, models, engines, check)
-        micros, totals = split(cfg, batch), total(batch, models)
+        micros, totals = split(cfg, batch, models)
         timer.lap("rollout")
 
         # 2. - 3. hidden states of both models at the response tokens, and the KL from them
@@ -577,9 +567,9 @@ def main(argv):
             weight = token_weights(micro, totals["tokens"], totals["sequences"], cfg.loss_norm)
             weight = weight.to(device)  # (N,)
             if cfg.teacher:
-                h_p, W_p = teacher_hidden(models, micro, dtype)  # (N, H_t), (V_t, H_t)
+                h_p, W_p = teacher_hidden(models, micro)  # (N, H_t), (V_t, H_t)
             timer.lap("teacher")
-            h_q = response_hidden(student, [response[:2] for response in micro], dtype)  # (N, H)
+            h_q = response_hidden(student, pairs(micro), models.dtype)  # (N, H)
             W_q = lm_head(student)  # (V, H); with fsdp it is whole after a forward
             if cfg.teacher:
                 loss, *stats = linear_kl(h_q, W_q, h_p, W_p, weight, cfg.reverse_weight)
@@ -601,9 +591,7 @@ def main(argv):
         timer.lap("optimizer")
 
         # 5. log
-        longest = torch.tensor(max(len(response.tokens) for response in batch))
-        longest = all_reduce(longest, dist.ReduceOp.MAX).item()
-        row = metrics_row(cfg, state, models, totals, sums, longest)
+        row = metrics_row(cfg, state, models, totals, sums)
         row |= {"step": step + 1, "horizon": horizon, "grad_norm": grad_norm,
                 "learning_rate": optimizer.param_groups[0]["lr"], **gaps, **timer,
                 "tokens_per_second": totals["tokens"] / (timer.now - timer.start)}
