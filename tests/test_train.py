@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import SHORT, STOPS, same, saved, steps_of, weights, without_times
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import get_total_norm
 from torch.utils.checkpoint import checkpoint as run_again_in_backward
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,8 +48,7 @@ def logged_steps(rows):
 
 def response_logps(model, prompt, response):
     """Log-probs (n,) of the response tokens, from one plain forward."""
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1, :272]
+    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1, :272]
     return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).squeeze(1)
 
 
@@ -89,27 +89,35 @@ def test_prefixes_are_of_the_model_that_is_named(train, monkeypatch, teacher, st
         train(config, "--max_steps=1", "--batch_size=32", "--max_new_tokens=64",
               "--trajectories=None")
         assert len(written) == 32
-        scores = [sum(response_logps(model, *pair).sum().item() for pair in written)
-                  for model in (teacher, student)]
-        return scores[0] - scores[1]
+        difference = 0.0
+        with torch.no_grad():
+            for pair in written:
+                difference += response_logps(teacher, *pair).sum().item()
+                difference -= response_logps(student, *pair).sum().item()
+        return difference
 
     monkeypatch.setattr(train_distill, "response_hidden", spy)
     assert advantage_of_teacher("configs/toy_sft.py") > 0 > advantage_of_teacher(OPD)
 
 
 def test_hard_labels(train, student, tokenizer):
-    """teacher=None: cross-entropy on the file's solutions, here recomputed from logits."""
+    """
+    teacher=None: cross-entropy on the file's solutions. Loss and gradient are recomputed here from
+    logits.
+    """
     rows, _ = train("configs/toy_hard_sft.py", "--max_steps=1", "--max_new_tokens=200",
                     "--trajectories=None")
-    problems, total, count = load_problems("data/toy/train.jsonl"), 0.0, 0
+    problems, parts = load_problems("data/toy/train.jsonl"), []
     for i in prompt_order(3000, 0, 8, seed=42):
         prompt = encode_prompt(tokenizer, problems[i]["problem"])
         solution = tokenizer.encode(problems[i]["solution"], add_special_tokens=False)
-        logps = response_logps(student, prompt, [*solution, STOPS[0]])
-        total -= logps.sum().item()
-        count += len(logps)
-    assert rows[0]["loss"] == pytest.approx(total / count, abs=1e-5)
-    assert rows[0]["tokens"] == count
+        parts.append(response_logps(student, prompt, [*solution, STOPS[0]]))
+    logps = torch.cat(parts)
+    (-logps.mean()).backward()
+    gradients = [parameter.grad for parameter in student.parameters()]
+    assert rows[0]["loss"] == pytest.approx(-logps.mean().item(), abs=1e-5)
+    assert rows[0]["grad_norm"] == pytest.approx(get_total_norm(gradients).item(), rel=1e-4)
+    assert rows[0]["tokens"] == len(logps)
 
 
 def test_loss_does_not_depend_on_microbatches(train):
@@ -357,18 +365,16 @@ def test_a_copied_script_has_its_own_name(train, tmp_path, monkeypatch):
 
 def test_resume_is_exact(train):
     """
-    6 steps = 3 + 3 after a resume, bit for bit: weights, optimiser, metrics. Evaluations are not
-    repeated, and rows after the checkpoint are dropped.
+    6 steps = 4 + 2 after a resume, bit for bit: weights, optimiser, metrics. The evaluation of step
+    4 is not repeated, and rows after the checkpoint are dropped.
     """
     rows, whole = train(OPD, "--max_steps=6", *EVALUATED)
-    _, run = train(OPD, "--max_steps=3", *EVALUATED)
+    _, run = train(OPD, "--max_steps=4", *EVALUATED)
     with open(run / "metrics.jsonl", "a") as file:  # a crash left a step and half a line behind
-        file.write('{"step": 4, "loss": 9.0}\n{"step": 5, "lo')
+        file.write('{"step": 5, "loss": 9.0}\n{"step": 6, "lo')
     resumed, _ = train(OPD, "--max_steps=6", "--resume", *EVALUATED, out=run)
     assert same(saved(whole / "last"), saved(run / "last"))
-    evaluated = [row["step"] for row in resumed if "loss" not in row]
-    assert evaluated == [0, 2, 3, 4, 6]  # 3 was an end
-    resumed = [row for row in resumed if row["step"] != 3 or "loss" in row]
+    assert [row["step"] for row in resumed if "loss" not in row] == [0, 2, 4, 6]
     assert without_times(resumed) == without_times(rows)
 
 
@@ -448,11 +454,12 @@ def test_killed_in_the_middle_of_a_save(three_steps, train, tmp_path, capsys):
     (run / "last").unlink()
     os.symlink("step_000001", run / "last")
     (run / ".step_000003.tmp").mkdir()
-    (run / ".step_000003.tmp" / "model.safetensors").write_bytes(b"half")
+    (run / ".step_000003.tmp" / "half").write_bytes(b"of a file")
     os.symlink("step_000002", run / ".last.tmp")
     rows, _ = train(*options, "--max_steps=3", "--resume", out=run)
     assert "from step 2\n" in capsys.readouterr().out
     assert os.readlink(run / "last") == "step_000003" and not list(run.glob(".*"))
+    assert not (run / "step_000003" / "half").exists()
     assert same(saved(run / "last"), saved(three_steps / "last"))
 
     for folder in run.glob("step_*"):
