@@ -652,7 +652,8 @@ def save_checkpoint(cfg, model, tokenizer, optimizer, state):
     """
     weights, moments = get_model_state_dict(model, options=_WHOLE), {}
     if optimizer.state:
-        moments = get_optimizer_state_dict(model, optimizer, options=_WHOLE)["state"]
+        whole = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+        moments = whole.get("state")  # only the first rank has it
     if RANK == 0:
         path = Path(cfg.out_dir, f"step_{state['step']:06d}")
         state = state | {"config": dataclasses.asdict(cfg)}
