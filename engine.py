@@ -18,7 +18,6 @@ import os
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -91,6 +90,7 @@ class Engine:
         self.model, self.dtype = model, dtype
         self.vocab_size = vocab_size or len(lm_head(model))
         self.max_rows, self.max_tokens = max_rows, max_tokens
+        self.prepare()
 
     def generate(self, prompts, sampling, seeds):
         """
@@ -112,20 +112,17 @@ class HFEngine(Engine):
     KV cache.
     """
 
-    def __init__(self, model, *args, **options):
-        super().__init__(model, *args, **options)
+    def prepare(self):
         # The model's own weights, or a copy in the compute dtype. FSDP gathers in that dtype, and
         # buffers stay as they are: rotary frequencies in bf16 are radians off at position 4096.
-        self.writer, config = model, model.config
-        # Whether the layers take a ready (B, 1, 1, T) mask: sdpa attention without sliding windows.
-        windows = getattr(config, "sliding_window", None)
-        kinds = getattr(config, "layer_types", None) or ["sliding_attention" if windows else ""]
-        full = "sliding_attention" not in kinds
-        self.takes_masks = config._attn_implementation == "sdpa" and full
-        if model.dtype != self.dtype and not isinstance(model, FSDPModule):
-            self.writer = copy.deepcopy(model).eval()
+        self.writer, config = self.model, self.model.config
+        if self.model.dtype != self.dtype and not isinstance(self.model, FSDPModule):
+            self.writer = copy.deepcopy(self.model).eval()
             for parameter in self.writer.parameters():
                 parameter.data = parameter.data.to(self.dtype)
+        # Whether the layers take a ready (B, 1, 1, T) mask: sdpa attention without sliding windows.
+        self.takes_masks = config._attn_implementation == "sdpa" and not any(
+            DynamicCache(config=config).is_sliding)
 
     @torch.no_grad()
     def sync(self):
@@ -149,31 +146,29 @@ class HFEngine(Engine):
 
     @torch.inference_mode()
     def _decode(self, rows, prompts, sampling, seeds, on_token):
-        device, stops = self.model.device, set(sampling.stop_ids)
+        device, limit = self.model.device, sampling.max_new_tokens
         head = lm_head(self.writer)[:self.vocab_size]
         width = max(len(prompts[i]) for i in rows)
         ids = [[0] * (width - len(prompts[i])) + list(prompts[i]) for i in rows]
         ids = torch.tensor(ids, device=device)  # (B, T), padded on the left
         lengths = torch.tensor([len(prompts[i]) for i in rows], device=device)
-        limit = sampling.max_new_tokens
         uniforms = [torch.rand(limit, generator=torch.Generator().manual_seed(seeds[i]))
                     for i in rows]
         uniforms = torch.stack(uniforms).to(device)  # (B, limit)
-        rows = [(i, [], []) for i in rows]  # index, tokens and log-probs so far
+        written = {i: ([], []) for i in rows}  # tokens and log-probs so far
         cache = DynamicCache(config=self.writer.config)
         for step in range(limit):
-            hidden = self._advance(ids, lengths, cache)
-            logits = (hidden @ head.T).float()
+            logits = (self._advance(ids, lengths, cache) @ head.T).float()
             tokens, logps = sample_tokens(logits, uniforms[:, step], sampling)
             going = []
-            for b, (token, logp) in enumerate(zip(tokens.tolist(), logps.tolist())):
-                i, response, scores = rows[b]
-                response.append(token)
-                scores.append(logp)
+            for b, (i, token, logp) in enumerate(zip(rows, tokens.tolist(), logps.tolist())):
+                written[i][0].append(token)
+                written[i][1].append(logp)
                 if on_token:
                     on_token(i, token)
-                if token in stops or step + 1 == limit:
-                    yield i, response, scores, "stop" if token in stops else "length"
+                stopped = token in sampling.stop_ids
+                if stopped or step + 1 == limit:
+                    yield i, *written[i], "stop" if stopped else "length"
                 else:
                     going.append(b)
             if not going:
@@ -187,12 +182,12 @@ class HFEngine(Engine):
 
     def _advance(self, ids, lengths, cache):
         """Hidden states (B, H) at the last of ids (B, t); of T columns the last `lengths` count."""
-        end = cache.get_seq_length() + ids.shape[1]
+        end = cache.get_seq_length() + len(ids[0])
         columns = torch.arange(end, device=ids.device)
         first = end - lengths[:, None]
         mask = columns >= first  # (B, T)
-        positions = (columns[-ids.shape[1]:] - first).clamp(min=0)
-        if self.takes_masks and ids.shape[1] == 1:
+        positions = (columns[-len(ids[0]):] - first).clamp(min=0)
+        if self.takes_masks and len(ids[0]) == 1:
             mask = mask[:, None, None]  # making this of (B, T) is a tenth of a small model's time
         output = base_model(self.writer)(
             ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
@@ -220,16 +215,15 @@ class VLLMEngine(Engine):
     """
     The same by vLLM, in this process and on the device of the model. It is loaded when it is first
     used, without reading weights from disk: they are streamed in, at first and after each `sync`,
-    before the next rollouts. max_length: of a prompt and its response. sleeps: on a GPU it gives
-    its memory back after each use. timeout: seconds without a finished response, after which the
+    before the next rollouts. max_length: of a prompt and its response. sleeps: it gives a GPU's
+    memory back after each use. timeout: seconds without a finished response, after which the
     process ends with a traceback, since nothing else can stop an engine that hangs.
     """
 
-    def __init__(self, *args, max_length, kv_cache_gb, timeout, sleeps=True, **options):
-        super().__init__(*args, **options)
+    max_length, kv_cache_gb, timeout, sleeps = 4096, 16.0, 600.0, False
+
+    def prepare(self):
         self.on_gpu = self.model.device.type == "cuda"
-        self.max_length, self.kv_cache_gb, self.timeout = max_length, kv_cache_gb, timeout
-        self.sleeps = sleeps and self.on_gpu
         self.llm, self.stale, self.asleep, self.count = None, True, False, 0
 
     def sync(self):
@@ -309,46 +303,37 @@ class VLLMEngine(Engine):
             if self.sleeps:  # weights go to the CPU's memory, the KV cache away
                 self.llm.sleep(level=1)
                 self.asleep = True
-        except RuntimeError as error:
+        except Exception as error:  # a broken installation, too, fails in many ways
             raise UserError(
-                f"vLLM failed: {first_line(error)}; what it may use is set by "
-                f"kv_cache_gb={self.kv_cache_gb:g} and rollout_rows={self.max_rows}") from error
+                f"vLLM failed: {type(error).__name__}: {first_line(error)}; what it may use is set "
+                f"by kv_cache_gb={self.kv_cache_gb:g} and rollout_rows={self.max_rows}; --engine=hf "
+                f"does without it") from error
         finally:
             faulthandler.cancel_dump_traceback_later()
 
 
-def import_vllm():
-    """Import vLLM in this process, quiet, or raise a UserError that says what to install."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: `sync` reaches into it
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    remedy = (f'vLLM {VLLM_VERSION} is needed: pip install -e ".[vllm]", without a GPU '
-              f'".[vllm-cpu]", or choose --engine=hf')
-    try:
-        import vllm
-    except Exception as error:  # a broken installation fails in many ways
-        raise UserError(f"engine='vllm': cannot import it ({type(error).__name__}: "
-                        f"{first_line(error)}); {remedy}") from error
-    if not vllm.__version__.startswith(f"{VLLM_VERSION}."):
-        raise UserError(f"engine='vllm': version {vllm.__version__} is installed; {remedy}")
-
-
 def vllm_version():
-    """Of the installed vLLM or its CPU build; None without one."""
+    """Of the installed vLLM or its CPU build; "none" without one."""
     for name in ("vllm", "vllm-cpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
+    return "none"
 
 
 def choose_engine(kind, device):
     """"hf" or "vllm"; "auto" is vLLM where there are a GPU and a vLLM that fits. Prints it."""
-    version, why = vllm_version(), ""
+    version = vllm_version()
+    fits, why = version.startswith(f"{VLLM_VERSION}."), ""
     if kind == "auto":
-        fits = device.type == "cuda" and str(version).startswith(f"{VLLM_VERSION}.")
-        kind, why = "vllm" if fits else "hf", f" (auto: on {device.type}, with vLLM {version})"
-    if kind == "vllm":
-        import_vllm()
-    print0(f"rollouts by {f'vLLM {version}' if kind == 'vllm' else 'transformers'}{why}")
+        kind = "vllm" if fits and device.type == "cuda" else "hf"
+        why = f" (auto, on {device.type} with vLLM {version})"
+    if kind == "vllm" and not fits:
+        raise UserError(f'engine=\'vllm\': vLLM {VLLM_VERSION} is needed, installed: {version}; '
+                        f'pip install -e ".[vllm]", without a GPU ".[vllm-cpu]", or --engine=hf')
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: `sync` reaches into it
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    print0(f"rollouts by {'transformers' if kind == 'hf' else f'vLLM {version}'}{why}")
     return kind
 
 
@@ -357,18 +342,14 @@ def make_engine(kind, cfg, model, dtype, vocab_size, max_length, sleeps=True):
     The engine of a model, with cfg's rollout_rows, max_tokens_per_microbatch, kv_cache_gb,
     rollout_timeout and max_logprob_gap (None: 0.05 nats in bf16, 1e-4 in fp32, 1e-2 with TF32).
     """
-    options = {"dtype": dtype, "vocab_size": vocab_size, "max_rows": cfg.rollout_rows,
-               "max_tokens": cfg.max_tokens_per_microbatch}
-    if kind == "hf":
-        engine = HFEngine(model, **options)
-    else:
-        max_length = min(max_length, model.config.max_position_embeddings)
-        engine = VLLMEngine(model, max_length=max_length, kv_cache_gb=cfg.kv_cache_gb,
-                            timeout=cfg.rollout_timeout, sleeps=sleeps, **options)
-    engine.max_logprob_gap = cfg.max_logprob_gap
-    if cfg.max_logprob_gap is None:
-        fp32 = 1e-4 if model.device.type == "cpu" else 1e-2
-        engine.max_logprob_gap = 0.05 if dtype == torch.bfloat16 else fp32
+    make = HFEngine if kind == "hf" else VLLMEngine
+    engine = make(model, dtype, vocab_size, cfg.rollout_rows, cfg.max_tokens_per_microbatch)
+    engine.max_length = min(max_length, model.config.max_position_embeddings)
+    engine.kv_cache_gb, engine.timeout = cfg.kv_cache_gb, cfg.rollout_timeout
+    engine.sleeps = sleeps and model.device.type == "cuda"
+    rounding = 1e-4 if model.device.type == "cpu" else 1e-2
+    rounding = 0.05 if dtype == torch.bfloat16 else rounding
+    engine.max_logprob_gap = cfg.max_logprob_gap or rounding
     return engine
 
 
@@ -420,7 +401,7 @@ def check_gaps(engine, gaps):
     return {"logprob_gap_mean": mean, "logprob_gap_max": largest}
 
 
-# -------------------------------------------------------------- which model it is, and what it costs
+# ------------------------------------------------------------- which model it is, and what it costs
 
 def fingerprint(items):
     """16 hex digits of a dict's keys and values."""
@@ -430,14 +411,15 @@ def fingerprint(items):
 def model_revision(path):
     """
     Which weights these are: the hub's commit, or for a folder a fingerprint of its weight files,
-    by their sizes and their first and last 64 kB.
+    by their sizes and their last megabytes.
     """
     if not Path(path).is_dir():
         return Path(cached_file(path, "config.json")).parent.name
     parts = {}
     for file in [*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]:
-        data = np.memmap(file, mode="r")
-        parts[file.name] = len(data), data[:1 << 16].tobytes(), data[-1 << 16:].tobytes()
+        with open(file, "rb") as weights:
+            weights.seek(max(0, file.stat().st_size - (1 << 20)))
+            parts[file.name] = file.stat().st_size, weights.read()
     return fingerprint(parts)
 
 

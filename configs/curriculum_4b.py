@@ -1,5 +1,6 @@
-# curriculum_4b.py - Qwen3-4B -> Qwen3-0.6B-Base with the entropy-gated length curriculum (section 5.2).
-# Its fixed-horizon controls are ladders of one: --horizons="(128,)" --out_dir=out/fixed_128_4b, ..., --horizons="(4096,)"
+# curriculum_4b.py - Qwen3-4B -> Qwen3-0.6B-Base with the entropy-gated length curriculum (5.2).
+# Its controls with a fixed horizon are curricula of one rung: --horizons="(128,)" and so on to
+# --horizons="(4096,)", each with an --out_dir of its own.
 from configs.opd_4b import *
 
 horizons = (128, 256, 512, 1024, 2048, 4096)

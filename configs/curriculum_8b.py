@@ -1,4 +1,5 @@
-# curriculum_8b.py - Qwen3-8B -> Qwen3-0.6B-Base with the entropy-gated length curriculum; controls as for the 4B teacher.
+# curriculum_8b.py - Qwen3-8B -> Qwen3-0.6B-Base with the entropy-gated length curriculum; its
+# controls are made as for the 4B teacher.
 from configs.curriculum_4b import *
 
 teacher = "Qwen/Qwen3-8B"

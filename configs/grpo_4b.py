@@ -1,5 +1,6 @@
-# grpo_4b.py - GRPO from the student that Qwen3-4B taught; the paper's settings (appendix G.6): 4 prompts x 8 responses a step.
-# The same after the other cells: --student=out/dagger_4b/last, out/sft_4b/last, out/offline_4b/last.
+# grpo_4b.py - GRPO from the student that Qwen3-4B taught, with the paper's settings (appendix
+# G.6): 4 prompts x 8 responses a step. To start from another cell, --student=out/dagger_4b/last,
+# out/sft_4b/last or out/offline_4b/last.
 student = "out/opd_4b/last"
 prompts = "data/deepscaler.jsonl"
 eval_data = "data/math500.jsonl"

@@ -1,4 +1,4 @@
-# hard_sft_4b.py - plain SFT, the baseline: cross-entropy on the same trajectories as sft_4b.
+# hard_sft_4b.py - plain SFT, the baseline: cross-entropy on the trajectories of sft_4b.
 from configs.sft_4b import *
 
 teacher = None

@@ -1,5 +1,6 @@
-# opd_4b.py - Qwen3-4B -> Qwen3-0.6B-Base, student prefixes, reverse KL. The paper's settings (section 3, appendix G);
-# --max_new_tokens=128 is its short horizon, --teacher=Qwen/Qwen3-4B-Base the other reading of its text.
+# opd_4b.py - Qwen3-4B -> Qwen3-0.6B-Base, student prefixes, reverse KL, with the paper's settings
+# (section 3, appendix G). --max_new_tokens=128 is its short horizon, and
+# --teacher=Qwen/Qwen3-4B-Base is the other reading of its text.
 student = "Qwen/Qwen3-0.6B-Base"
 teacher = "Qwen/Qwen3-4B"
 prompts = "data/deepscaler.jsonl"
@@ -16,7 +17,7 @@ top_k = 20
 batch_size = 32
 max_steps = 1000
 learning_rate = 5e-7
-warmup_steps = 50                   # 5 %
+warmup_steps = 50                   # 5 % of the steps
 dtype = "bfloat16"
 max_tokens_per_microbatch = 16384
 seed = 42

@@ -1,8 +1,7 @@
-# opd_8b.py - Qwen3-8B -> Qwen3-0.6B-Base, student prefixes, reverse KL. 8 ranks x 4 = 32 rollouts per step.
+# opd_8b.py - Qwen3-8B -> Qwen3-0.6B-Base, student prefixes, reverse KL. On 8 GPUs each rank has 4
+# of the 32 rollouts of a step.
 #
-# Estimated for 8 H100 (python tests/bench_ranks.py --paper), not measured: 72 GB a GPU. If a token of vLLM takes 2.5 ms, a step
-# takes 11 s, at 3,000 tokens/s where responses are 1024 tokens long on average, 10,000 where all are 4096, and the run 3 to 4
-# hours; at 10 ms a token 42 s, 800 to 3,000 tokens/s, 12 to 13 hours. The rollouts wait for their longest response.
+# On paper 72 GB a GPU: python estimate.py configs/opd_8b.py --gpus 8. None of it was measured.
 from configs.opd_4b import *
 
 teacher = "Qwen/Qwen3-8B"

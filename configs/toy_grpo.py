@@ -1,4 +1,5 @@
-# toy_grpo.py - GRPO on the toy world, on a CPU, from any of its checkpoints: --student=out/toy_sft/last, data/toy/student, ...
+# toy_grpo.py - GRPO on the toy world, on a CPU, from any of its checkpoints:
+# --student=out/toy_sft/last, --student=data/toy/student and so on.
 student = "out/toy_opd/last"
 prompts = "data/toy/train.jsonl"
 eval_data = "data/toy/middle.jsonl"

@@ -1,4 +1,5 @@
-# toy_offline.py - offline-RL style: teacher prefixes, reverse KL. First: python sample.py configs/toy_sample.py
+# toy_offline.py - offline-RL style: teacher prefixes, reverse KL.
+# First: python sample.py configs/toy_sample.py
 from configs.toy_sft import *
 
 reverse_weight = 1.0

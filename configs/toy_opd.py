@@ -1,4 +1,5 @@
-# toy_opd.py - the demo: on-policy distillation (student prefixes, reverse KL) on the toy world, on a CPU.
+# toy_opd.py - the demo: on-policy distillation (student prefixes, reverse KL) of the toy student,
+# on a CPU.
 student = "data/toy/student"
 teacher = "data/toy/teacher"
 prompts = "data/toy/train.jsonl"
@@ -17,13 +18,13 @@ max_steps = 100
 learning_rate = 2e-4
 warmup_steps = 10
 dtype = "float32"
-max_tokens_per_microbatch = 4096    # a block that stays near the cache; larger ones are slower on a CPU
+max_tokens_per_microbatch = 4096    # stays near a CPU's cache; more would be slower
 
 eval_every = 25
 eval_prompts = 64
 eval_samples = 8
 eval_max_new_tokens = 256
-eval_temperature = 1.0              # the model's own distribution, so that its entropy means something
+eval_temperature = 1.0              # the model's own distribution, whose entropy means something
 eval_top_p = 1.0
 eval_teacher = True
 save_every = 50

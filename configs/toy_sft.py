@@ -1,4 +1,5 @@
-# toy_sft.py - off-policy SFT with soft labels: teacher prefixes, forward KL. First: python sample.py configs/toy_sample.py
+# toy_sft.py - off-policy SFT with soft labels: teacher prefixes, forward KL.
+# First: python sample.py configs/toy_sample.py
 from configs.toy_opd import *
 
 prefix = "teacher"
