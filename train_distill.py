@@ -607,7 +607,8 @@ def main(argv):
         # 4. update: one sum of the gradients over ranks, clip, step
         sums, grad_norm = all_reduce(sums).tolist(), 0.0
         if totals["tokens"]:  # else there is nothing to learn from in this step
-            sum_gradients(parameters)
+            if not cfg.fsdp:  # FSDP has summed them in the backward
+                sum_gradients(parameters)
             grad_norm = clip_grad_norm_(parameters, cfg.max_grad_norm)
             if isinstance(grad_norm, DTensor):
                 grad_norm = grad_norm.full_tensor()
