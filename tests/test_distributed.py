@@ -252,6 +252,7 @@ def test_a_second_signal_ends_at_once():
     assert process.is_alive()
     process.terminate()
     process.join(5)
+    process.kill()
     assert process.exitcode == -signal.SIGTERM
 
 
