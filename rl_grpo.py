@@ -11,8 +11,8 @@ A step samples group_size responses o_i to each of its prompts from the student 
         + kl_coef k3_it
     A_i   = R_i - mean of the group's rewards, over their standard deviation with
             scale_rewards = "group"
-    r_it  = q(o_it | s_it) / q_old(o_it | s_it); q_old is q at the step's first update, so r = 1 there
-    w_i   = 1 / what the loss is divided by, see `token_weights`: loss_type = "grpo" | "dapo" | "dr_grpo"
+    r_it  = q(o_it | s_it) / q_old(o_it | s_it); q_old is q at the step's first update: r = 1 there
+    w_i   = 1 / what the loss is divided by: see `token_weights`
     c_it  = min(q_old / q_sampler, importance_cap): sampler and trainer are two programs that may
             disagree
     k3    = rho - 1 - log rho, rho = q_ref / q: in its value an unbiased, non-negative estimate of
@@ -26,11 +26,10 @@ that. N response tokens are in a micro-batch; P prompts x G responses are in a s
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
 from engine import (
@@ -50,32 +49,30 @@ from utils import (
     catch_signals,
     check_ranges,
     check_tokenizers,
+    clip_gradients,
     derive_seed,
-    end_by_signal,
+    end_on_signal,
     init_processes,
     lm_head,
+    load_checkpoint,
     load_config,
     load_model,
-    load_optimizer,
     load_problems,
     load_tokenizer,
     log_evaluation,
+    log_step,
     microbatches,
     need,
     open_run,
     print0,
-    print_row,
     prompt_order,
     response_hidden,
     run,
     save_checkpoint,
-    signal_received,
     start_run,
     stop_ids,
     stop_unless_finite,
-    sum_gradients,
     usable_prompts,
-    write_lines,
 )
 
 
@@ -226,53 +223,43 @@ def rewards_and_cuts(cfg, batch, tokenizer):
     Grade this rank's responses and share the verdicts with all ranks: rewards (P, G), NaN where
     ungraded, and whether each response was cut, (P x G,).
     """
-    texts = [tokenizer.decode(response.tokens, skip_special_tokens=True) for response in batch]
-    golds = [response.gold for response in batch]
+    pairs = [(tokenizer.decode(response.tokens, skip_special_tokens=True), response.gold)
+             for response in batch]
     shared = torch.zeros(3, cfg.prompts_per_step * cfg.group_size, dtype=torch.float64)
-    for response, (verdict, _) in zip(batch, grade_all(list(zip(texts, golds)))):
-        flags = [verdict is True, verdict is None, response.cut]
-        shared[:, response.place] = torch.tensor(flags, dtype=torch.float64)
+    for response, (verdict, _) in zip(batch, grade_all(pairs)):
+        flags = torch.tensor([verdict is True, verdict is None, response.cut])
+        shared[:, response.place] = flags.double()
     right, ungraded, cut = all_reduce(shared)
     rewards = torch.where(ungraded > 0, torch.nan, right)
-    return rewards.view(cfg.prompts_per_step, cfg.group_size), cut > 0
+    return rewards.view(-1, cfg.group_size), cut > 0
 
 
-@dataclasses.dataclass
 class MicroBatch:
-    """Tensors are (N,), one number a response token, on the device."""
-    sequences: list  # (prompt ids, response ids)
-    targets: Any  # the response tokens
-    sampled: Any  # their log-probs by the sampler
-    advantages: Any
-    weights: Any
-    old_logps: Any = None  # by the student at the first update
-    ref_logps: Any = None  # by the reference
+    """
+    sequences: (prompt ids, response ids). The rest are tensors (N,), a number for each response
+    token: its id, the sampler's log-prob, A_i and w_i of its response, and when they are known its
+    log-probs by q at the first update and by the reference.
+    """
 
-
-def make_microbatches(cfg, batch, advantages, weights, device):
-    """advantages of all P x G responses; weights of those in `batch`."""
-    def spread(values, responses):  # a response's number to each of its tokens
-        repeated = []
-        for value, response in zip(values, responses):
-            repeated += [value] * len(response.tokens)
-        return torch.tensor(repeated, device=device)
-
-    micros = []
-    lengths = [len(response.prompt) + len(response.tokens) for response in batch]
-    for picked in microbatches(lengths, cfg.max_tokens_per_microbatch):
-        responses = [batch[i] for i in picked]
+    def __init__(self, responses, advantages, weights, device):
+        lengths = torch.tensor([len(response.tokens) for response in responses])
+        self.sequences = [response[:2] for response in responses]
         tokens = [token for response in responses for token in response.tokens]
-        sampled = [logp for response in responses for logp in response.logps]
-        own = [advantages[response.place].item() for response in responses]
-        micros.append(MicroBatch(
-            [response[:2] for response in responses], torch.tensor(tokens, device=device),
-            torch.tensor(sampled, device=device), spread(own, responses),
-            spread([weights[i] for i in picked], responses)))
-    return micros
+        logps = [logp for response in responses for logp in response.logps]
+        self.targets = torch.tensor(tokens, device=device)
+        self.sampled = torch.tensor(logps, device=device)
+        places = torch.tensor([response.place for response in responses])
+        self.advantages, self.weights = (
+            values[places].float().repeat_interleave(lengths).to(device)
+            for values in (advantages, weights))
+        self.old_logps = self.ref_logps = None
 
 
 def micro_loss(cfg, micro, logps):
-    """The loss of a micro-batch, and what the log wants to know of its tokens."""
+    """
+    The loss of a micro-batch; sums over its tokens of k3, of tokens whose gradient the clip took,
+    and of c; and the largest -r, r and |log q_old / q_sampler|.
+    """
     loss, ratio, clipped = clipped_loss(logps, micro.old_logps, micro.advantages, cfg.clip_low,
                                         cfg.clip_high)
     correction = torch.ones_like(loss)
@@ -282,55 +269,93 @@ def micro_loss(cfg, micro, logps):
     loss = correction * loss
     if cfg.kl_coef:  # 0 x infinity is NaN, and switched off it needs no gradient
         loss = loss + cfg.kl_coef * kl
-    loss = (micro.weights * loss).sum()
-    sums = [loss.detach(), kl.detach().sum(), clipped.sum(), correction.detach().sum()]
     gap = (micro.old_logps - micro.sampled).abs().max()
-    return loss, torch.stack(sums), torch.stack([-ratio.min(), ratio.max(), gap])
+    sums = kl.detach().sum(), clipped.sum(), correction.sum()
+    return (micro.weights * loss).sum(), sums, torch.stack([-ratio.min(), ratio.max(), gap])
 
 
 # ------------------------------------------------------------------------------------------ set-up
 
-def load_models(cfg, state, checkpoint, device):
+def load_models(cfg, state, device):
     """
     (student, reference, tokenizer). The reference is in fp32 too: in another dtype the same
     weights would be 0.01 nats apart at the start.
     """
-    tokenizer = load_tokenizer(cfg.student)
-    student = load_model(checkpoint or cfg.student, torch.float32, device)
-    path = cfg.reference or cfg.student
+    tokenizer, path = load_tokenizer(cfg.student), cfg.reference or cfg.student
+    student = load_model(cfg.student, torch.float32, device)
     reference = load_model(path, torch.float32, device).requires_grad_(False)
     revision = model_revision(path)
     if state["reference"] not in (None, revision):
-        raise UserError(f"{path} has changed since {checkpoint} was begun (revision "
-                        f"{state['reference']}, now {revision}): the KL would be to other "
-                        f"weights; start a new run with --student={checkpoint}")
+        raise UserError(f"{path} has changed since this run was begun (revision "
+                        f"{state['reference']}, now {revision}): the KL would be to other weights; "
+                        f"start a new run from the last checkpoint with --student={cfg.out_dir}/last")
     state["reference"] = revision
     check_tokenizers(tokenizer, load_tokenizer(path), "the student", "the reference")
     for layer in student.base_model.layers if cfg.gradient_checkpointing else ():
         layer.forward = functools.partial(run_again_in_backward, layer.forward,
                                           use_reentrant=False, preserve_rng_state=False)
     for stop in stop_ids(student.generation_config, tokenizer):
-        if stop >= len(tokenizer) or tokenizer.convert_ids_to_tokens(stop) is None:
+        if tokenizer.convert_ids_to_tokens(stop) is None:
             raise UserError(f"{cfg.student}: its tokenizer does not know the stop id {stop} of its "
                             f"generation config: they belong to different models; copy the "
                             f"tokenizer of the model that it was trained from")
     return student, reference, tokenizer
 
 
-COLUMNS = {
-    "step": "step", "loss": "loss", "rew": "reward_mean", "same": "equal_groups",
-    "H": "student_entropy", "len": "mean_length", "max": "max_length", "cut": "truncated_share",
-    "clip": "clip_fraction", "r": "ratio_max", "kl": "kl_to_reference", "grad": "grad_norm",
-    "tok/s": "tokens_per_second", "roll": "rollout_seconds", "stu": "student_seconds",
-    "TFL": "tflops"}
+# -------------------------------------------------------------------------------- a step in numbers
+
+def count(sampled, batch, student, reference):
+    """
+    Over all ranks: tokens, and FLOPs of a forward, of all responses ("sampled") and of those in
+    the loss.
+    """
+    def flops(model, responses):
+        lengths = [len(response.prompt) + len(response.tokens) for response in responses]
+        return forward_flops(model.config, lengths)
+
+    own = {"tokens": sum(len(response.tokens) for response in sampled),
+           "loss_tokens": sum(len(response.tokens) for response in batch),
+           "sampled": flops(student, sampled), "student": flops(student, batch),
+           "reference": flops(reference, batch)}
+    sums = all_reduce(torch.tensor([*own.values()], dtype=torch.float64))
+    return dict(zip(own, sums.tolist()))
+
+
+def metrics_row(cfg, state, rewards, cut, in_loss, totals, sums, extremes):
+    """FLOPs: sampling, the reference, and three forwards for each update."""
+    updates = 3 * cfg.updates_per_batch * totals["student"]
+    state["tflops"] += (totals["sampled"] + totals["reference"] + updates) / 1e12
+    loss, *means = sums
+    entropy, kl, clipped, correction = (x / max(1, means[-1]) for x in means[:-1])
+    lowest, highest, gap, longest = extremes
+    graded = rewards[~rewards.isnan()]
+    equal = rewards.nan_to_num(2.0).amin(1) >= rewards.nan_to_num(-1.0).amax(1)
+    row = {"loss": loss / cfg.updates_per_batch, "reward_mean": None, "reward_std": None,
+           "ratio_min": None, "ratio_max": None, "equal_groups": equal.double().mean().item(),
+           "ungraded": int(rewards.isnan().sum()), "masked": int((~in_loss).sum()),
+           "student_entropy": entropy, "kl_to_reference": kl, "clip_fraction": clipped,
+           "importance_weight": correction, "logprob_gap_max": gap,
+           "mean_length": totals["tokens"] / len(cut), "max_length": int(longest),
+           "truncated_share": cut.double().mean().item(), "tokens": int(totals["tokens"]),
+           "tflops": state["tflops"]}
+    if len(graded):
+        row |= {"reward_mean": graded.mean().item(), "reward_std": graded.std(correction=0).item()}
+    if totals["loss_tokens"]:
+        row |= {"ratio_min": -lowest, "ratio_max": highest}
+    return row
+
+
+COLUMNS = dict(column.split("=") for column in """
+    step=step loss=loss rew=reward_mean same=equal_groups H=student_entropy len=mean_length
+    max=max_length cut=truncated_share clip=clip_fraction r=ratio_max kl=kl_to_reference
+    grad=grad_norm tok/s=tokens_per_second roll=rollout_seconds stu=student_seconds
+    TFL=tflops""".split())
 
 
 def main(argv):
     cfg, origin = load_config(Config, argv)
     rank, world, device = init_processes(cfg.collective_timeout)
     validate(cfg, world)
-    inputs = (cfg.student, cfg.prompts, cfg.eval_data, cfg.reference)
-    state, checkpoint = start_run(cfg, Path(__file__).stem, inputs, reference=None)
     problems, held_out = load_problems(cfg.prompts), []
     without = [i for i, problem in enumerate(problems, 1) if not problem["answer"]]
     if without:
@@ -339,98 +364,92 @@ def main(argv):
                         f"{len(problems)} have none)")
     if cfg.eval_every:
         held_out = load_problems(cfg.eval_data)[:cfg.eval_prompts]
+    inputs = (cfg.student, cfg.prompts, cfg.eval_data, cfg.reference)
+    identity = {"script": Path(__file__).stem, "student": cfg.student}
+    state, checkpoint = start_run(cfg, inputs, identity, reference=None)
+    student, reference, tokenizer = load_models(cfg, state, device)
 
-    student, reference, tokenizer = load_models(cfg, state, checkpoint, device)
-    dtype = getattr(torch, cfg.dtype)
-    vocab_size = min(len(lm_head(model)) for model in (student, reference))
-    positions = min(model.config.max_position_embeddings for model in (student, reference))
-    usable = usable_prompts(cfg.prompts, problems, tokenizer, cfg.max_new_tokens, positions,
-                            vocab_size)
-    indices, prompts = list(usable), list(usable.values())
+    dtype, G, both = getattr(torch, cfg.dtype), cfg.group_size, (student, reference)
+    vocab_size = min(len(lm_head(model)) for model in both)
+    limits = min(model.config.max_position_embeddings for model in both), vocab_size
+    usable = usable_prompts(cfg.prompts, problems, tokenizer, cfg.max_new_tokens, *limits)
+    prompts, golds = list(usable.values()), [problems[i]["answer"] for i in usable]
     eval_usable = {}
-    if cfg.eval_every:
+    if held_out:
         eval_usable = usable_prompts(cfg.eval_data, held_out, tokenizer, cfg.eval_max_new_tokens,
-                                     positions, vocab_size)
+                                     *limits)
     eval_set = [held_out[i] for i in eval_usable], list(eval_usable.values())
-    stops = tuple(stop_ids(student.generation_config, tokenizer))
+    stops = stop_ids(student.generation_config, tokenizer)
     sampling = Sampling(cfg.max_new_tokens, stops, cfg.temperature, cfg.top_p, cfg.top_k)
     eval_sampling = Sampling(cfg.eval_max_new_tokens, stops, cfg.eval_temperature, cfg.eval_top_p)
-    longest = max(map(len, [*prompts, *eval_set[1]]))
-    longest += max(cfg.max_new_tokens, cfg.eval_max_new_tokens)
+    longest = max(map(len, prompts + eval_set[1])) + max(cfg.max_new_tokens,
+                                                         cfg.eval_max_new_tokens)
     kind = choose_engine(cfg.engine, device)
     engine = make_engine(kind, cfg, student, dtype, vocab_size, longest)
     parameters = list(student.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, fused=True,
                                   weight_decay=cfg.weight_decay)
     if checkpoint:
-        load_optimizer(checkpoint, student, optimizer)
+        load_checkpoint(checkpoint, student, optimizer)
     save = functools.partial(save_checkpoint, cfg, student, tokenizer, optimizer, state)
-
     open_run(cfg, origin, state)  # from here on files are written
-    start_step, G = state["step"], cfg.group_size
+    start_step = state["step"]
     print0(f"{len(prompts)} prompts, {world} process(es) on {device.type}, from step {start_step}")
     catch_signals()
 
-    def logps_of(model, micro):  # (N,) each; entropies without gradient
+    def logps_of(model, micro):  # log-probs and entropies (N,) of its tokens; the latter detached
         hidden = response_hidden(model, micro.sequences, dtype)
         return linear_logp(hidden, lm_head(model)[:vocab_size], micro.targets)
 
-    for step in range(start_step, cfg.max_steps + 1):  # batches done so far; the last only evaluates
+    for step in range(start_step, cfg.max_steps + 1):  # batches so far; the last only evaluates
         state["step"] = step
-        number = signal_received()
-        if number:
-            save()
-            end_by_signal(number, step)
+        end_on_signal(save, step)
         engine.sync()
 
         # 0. evaluation, checkpoint; a resumed run has them behind it at its first step
-        if step > state["looked"]:
-            last, is_best = step == cfg.max_steps, False
-            if cfg.eval_every and (step % cfg.eval_every == 0 or last):
-                metrics, records = evaluate(engine, tokenizer, *eval_set, eval_sampling,
-                                            cfg.eval_samples, cfg.seed)
-                log_evaluation(cfg.out_dir, step, "student", metrics, records)
-                score = metrics["avg_at_k"]
-                is_best = step > 0 and score is not None and score > state["best"]
-                if is_best:
-                    state.update(best=score, best_step=step)
-            state["looked"] = step
-            if step > 0 and (is_best or last or step % cfg.save_every == 0):
-                save()
-        if step == cfg.max_steps:
+        fresh, over, is_best = step > state["looked"], step == cfg.max_steps, False
+        if fresh and cfg.eval_every and (over or step % cfg.eval_every == 0):
+            metrics, records = evaluate(engine, tokenizer, *eval_set, eval_sampling,
+                                        cfg.eval_samples, cfg.seed)
+            is_best = log_evaluation(cfg, state, "student", metrics, records)
+        state["looked"] = step
+        if fresh and step > 0 and (is_best or over or step % cfg.save_every == 0):
+            save()
+        if over:
             break
 
         # 1. rollouts: responses, not groups, are dealt to ranks; seeds belong to their places
-        timer = Timer(device)
-        order = prompt_order(len(prompts), step * cfg.prompts_per_step, cfg.prompts_per_step,
-                             cfg.seed)
-        places = list(range(cfg.prompts_per_step * G))[rank::world]
-        asked = [order[place // G] for place in places]
+        timer, P = Timer(device), cfg.prompts_per_step
+        order = prompt_order(len(prompts), step * P, P, cfg.seed)
+        places = range(rank, P * G, world)
+        asked = [prompts[order[place // G]] for place in places]
         seeds = [derive_seed(cfg.seed, "train", step, place) for place in places]
-        rollouts, gaps = engine.generate([prompts[i] for i in asked], sampling, seeds), {}
+        rollouts, gaps = engine.generate(asked, sampling, seeds), {}
         if step == start_step or step % cfg.check_sync_every == 0:
-            gaps = check_logprobs(engine, [prompts[i] for i in asked], rollouts)
-        sampled = [Sampled(prompts[i], tokens, logps, reason == "length", place,
-                           problems[indices[i]]["answer"])
-                   for i, place, (tokens, logps, reason) in zip(asked, places, rollouts)]
+            gaps = check_logprobs(engine, asked, rollouts)
+        sampled = []
+        for prompt, place, (tokens, logps, reason) in zip(asked, places, rollouts):
+            gold = golds[order[place // G]]
+            sampled.append(Sampled(prompt, tokens, logps, reason == "length", place, gold))
         timer.lap("rollout")
 
         # 2. rewards, shared with all ranks; advantages within the groups; who is in the loss
         rewards, cut = rewards_and_cuts(cfg, sampled, tokenizer)
         advantages = group_advantages(rewards, cfg.scale_rewards).flatten()
-        in_loss = ~rewards.flatten().isnan()
-        if cfg.mask_truncated:
-            in_loss &= ~cut
+        in_loss = ~rewards.flatten().isnan() & ~(cut & cfg.mask_truncated)
         batch = [response for response in sampled if in_loss[response.place]]
-        totals = count(sampled, batch, student.config, reference.config)
-        weights = token_weights([len(response.tokens) for response in batch], in_loss.sum().item(),
-                                totals["loss_tokens"], cfg.loss_type,
-                                len(cut) * cfg.max_new_tokens)
-        micros = make_microbatches(cfg, batch, advantages, weights, device)
+        totals, weights = count(sampled, batch, student, reference), torch.zeros(P * G).double()
+        lengths = [len(response.tokens) for response in batch]
+        weights[[response.place for response in batch]] = torch.tensor(token_weights(
+            lengths, in_loss.sum().item(), totals["loss_tokens"], cfg.loss_type,
+            P * G * cfg.max_new_tokens)).double()
+        padded = [len(response.prompt) + len(response.tokens) for response in batch]
+        micros = [MicroBatch([batch[i] for i in picked], advantages, weights, device)
+                  for picked in microbatches(padded, cfg.max_tokens_per_microbatch)]
         timer.lap("reward")
 
         # 3. - 4. loss and gradient of the whole batch, one sum over ranks, clip, step; repeated
-        sums = torch.zeros(6, device=device)  # loss; over tokens: k3, clipped, c, entropy, tokens
+        sums = torch.zeros(6, device=device)  # loss; over tokens: H(q), k3, clipped, c, their number
         extremes = torch.tensor([-torch.inf, -torch.inf, 0.0], device=device)
         grad_norm = 0.0
         for _ in range(cfg.updates_per_batch if totals["loss_tokens"] else 0):
@@ -442,16 +461,15 @@ def main(argv):
                 logps, entropy = logps_of(student, micro)
                 if micro.old_logps is None:
                     micro.old_logps = logps.detach()
-                loss, seen, most = micro_loss(cfg, micro, logps)
+                loss, stats, most = micro_loss(cfg, micro, logps)
                 loss.backward()
-                tokens = torch.full_like(entropy[:1], len(entropy))
-                sums += torch.cat([seen, entropy.sum()[None], tokens])
-                extremes = torch.maximum(extremes, most)  # -min r, max r, |log q_old / q_sampler|
+                stats = [loss.detach(), entropy.sum(), *stats, torch.ones_like(entropy).sum()]
+                sums += torch.stack(stats)
+                extremes = torch.maximum(extremes, most)
                 timer.lap("student")
-            sum_gradients(parameters)
-            norm = clip_grad_norm_(parameters, cfg.max_grad_norm).item()
+            norm = clip_gradients(parameters, cfg.max_grad_norm)
             grad_norm = max(grad_norm, norm)
-            stop_unless_finite(cfg, step + 1, sums[0].item(), norm, [pair[:2] for pair in batch])
+            stop_unless_finite(cfg, step + 1, sums[0].item(), norm)
             for group in optimizer.param_groups:
                 group["lr"] = cfg.learning_rate * min(1, (step + 1) / max(1, cfg.warmup_steps))
             optimizer.step()
@@ -459,61 +477,21 @@ def main(argv):
             timer.lap("optimizer")
 
         # 5. log: means over the updates, the largest gradient norm
-        sums = all_reduce(sums).tolist()
+        longest = max(len(response.tokens) for response in sampled)
+        extremes = torch.cat([extremes, torch.tensor([float(longest)], device=device)])
         extremes = all_reduce(extremes, dist.ReduceOp.MAX).tolist()
+        sums = all_reduce(sums).tolist()
         row = metrics_row(cfg, state, rewards, cut, in_loss, totals, sums, extremes)
         row |= {"step": step + 1, "grad_norm": grad_norm, **gaps, **timer,
-                "learning_rate": optimizer.param_groups[0]["lr"]}
-        seconds = sum(row[key] for key in row if key.endswith("_seconds"))
-        row["tokens_per_second"] = totals["tokens"] / seconds
-        if rank == 0:
-            write_lines(Path(cfg.out_dir, "metrics.jsonl"), [row])
-            print_row(COLUMNS, row, header=step % 20 == 0 or step == start_step)
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "tokens_per_second": totals["tokens"] / (timer.now - timer.start)}
+        log_step(cfg, COLUMNS, row, header=step % 20 == 0 or step == start_step)
         if not totals["loss_tokens"]:
             print0(f"warning: step {step + 1}: no response is in the loss, so no update was made; "
                    f"ungraded {row['ungraded']}, cut {row['truncated_share']:.0%}")
 
     print0(f"done: {cfg.out_dir}/last; `python plot.py {cfg.out_dir}` draws the curves and prints "
            f"a table")
-
-
-def count(sampled, batch, student, reference):
-    """Over all ranks: tokens, and FLOPs of a forward, of all responses and of those in the loss."""
-    def lengths(responses):
-        return [len(response.prompt) + len(response.tokens) for response in responses]
-
-    own = {"tokens": sum(len(response.tokens) for response in sampled),
-           "loss_tokens": sum(len(response.tokens) for response in batch),
-           "sampling_flops": forward_flops(student, lengths(sampled)),
-           "student_flops": forward_flops(student, lengths(batch)),
-           "reference_flops": forward_flops(reference, lengths(batch))}
-    sums = all_reduce(torch.tensor([*own.values()], dtype=torch.float64)).tolist()
-    totals = dict(zip(own, sums))
-    longest = torch.tensor(max(len(response.tokens) for response in sampled))
-    totals["longest"] = all_reduce(longest, dist.ReduceOp.MAX).item()
-    return totals
-
-
-def metrics_row(cfg, state, rewards, cut, in_loss, totals, sums, extremes):
-    """FLOPs: sampling, the reference, and three forwards for each update."""
-    updates = 3 * cfg.updates_per_batch * totals["student_flops"]
-    state["tflops"] += (totals["sampling_flops"] + totals["reference_flops"] + updates) / 1e12
-    loss, kl, clipped, correction, entropy, seen = sums
-    graded, seen = rewards[~rewards.isnan()], max(1, seen)
-    equal = rewards.nan_to_num(2.0).amin(1) >= rewards.nan_to_num(-1.0).amax(1)
-    lowest, highest, gap = extremes
-    return {"loss": loss / cfg.updates_per_batch,
-            "reward_mean": graded.mean().item() if len(graded) else None,
-            "reward_std": graded.std(correction=0).item() if len(graded) else None,
-            "equal_groups": equal.double().mean().item(),
-            "ungraded": int(rewards.isnan().sum()), "masked": int((~in_loss).sum()),
-            "student_entropy": entropy / seen, "kl_to_reference": kl / seen,
-            "clip_fraction": clipped / seen, "importance_weight": correction / seen,
-            "ratio_min": -lowest if totals["loss_tokens"] else None,
-            "ratio_max": highest if totals["loss_tokens"] else None, "logprob_gap_max": gap,
-            "mean_length": totals["tokens"] / len(cut), "max_length": totals["longest"],
-            "truncated_share": cut.double().mean().item(), "tokens": int(totals["tokens"]),
-            "tflops": state["tflops"]}
 
 
 if __name__ == "__main__":

@@ -25,15 +25,12 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
 from engine import Sampling, check_logprobs, choose_engine, forward_flops, make_engine
@@ -47,32 +44,30 @@ from utils import (
     catch_signals,
     check_ranges,
     check_tokenizers,
+    clip_gradients,
     derive_seed,
-    end_by_signal,
+    end_on_signal,
     init_processes,
     lm_head,
+    load_checkpoint,
     load_config,
     load_model,
-    load_optimizer,
     load_problems,
     load_tokenizer,
     log_evaluation,
+    log_step,
     microbatches,
     need,
     open_run,
     print0,
-    print_row,
     prompt_order,
     response_hidden,
     run,
     save_checkpoint,
-    signal_received,
     start_run,
     stop_ids,
     stop_unless_finite,
-    sum_gradients,
     usable_prompts,
-    write_lines,
 )
 
 
@@ -165,12 +160,10 @@ def validate(cfg, world):
     if cfg.trajectories is not None:
         need(cfg.prefix == "teacher", cfg, "trajectories",
              'what is on disk was not written by this student; set prefix="teacher"')
-    if cfg.teacher is None:
-        need(cfg.prefix == "teacher", cfg, "prefix",
-             'teacher=None is SFT on solutions; set prefix="teacher"')
-        need(cfg.reverse_weight == 0, cfg, "reverse_weight",
-             "reverse KL to a hard label is infinite; with teacher=None set it to 0")
-        need(not cfg.eval_teacher, cfg, "eval_teacher", "there is none with teacher=None")
+    hard = cfg.prefix == "teacher" and cfg.reverse_weight == 0 and not cfg.eval_teacher
+    need(cfg.teacher or hard, cfg, "teacher",
+         'SFT on hard labels needs prefix="teacher", reverse_weight=0 (reverse KL to a hard label '
+         'is infinite) and eval_teacher=False')
 
 
 # ---------------------------------------------------------------------------------------- prefixes
@@ -178,39 +171,33 @@ def validate(cfg, world):
 def prefix_source(cfg):
     """
     Where this run's responses come from: "student" or "teacher" writes them anew in each step, or
-    they are on disk as "trajectories" or, for SFT without a teacher, as "solutions".
+    they are on "disk", as trajectories or, for SFT without a teacher, as the file's solutions.
     """
-    if cfg.prefix == "student":
-        return "student"
-    if cfg.prefix == "teacher":
-        on_disk = "solutions" if cfg.teacher is None else "teacher"
-        return "trajectories" if cfg.trajectories else on_disk
+    if cfg.prefix == "teacher" and (cfg.trajectories or cfg.teacher is None):
+        return "disk"
+    if cfg.prefix in ("teacher", "student"):
+        return cfg.prefix
     raise ValueError(f"prefix={cfg.prefix!r}: a source of your own is one more branch here and in "
                      f"`prefixes`")
 
 
-def prefixes(cfg, step, slots, horizon, data, models, engines, check):
+def prefixes(cfg, slots, horizon, data, models, engines, check):
     """
-    One Response for each (place in the step, index) of `slots`, cut at the horizon. Seeds belong
-    to the place, so a step is the same on any number of ranks. Second, where `check` is set and a
-    model has written: how far the engine's log-probs are from the model's.
+    One Response for each (seed, index) of `slots`, cut at the horizon. Second, where `check` is
+    set and a model has written: how far the engine's log-probs are from the model's.
     """
     source, gaps = prefix_source(cfg), {}
-    if source == "trajectories":
-        responses = [data.trajectories[i] for _, i in slots]
-    elif source == "solutions":
-        responses = [Response(data.prompts[i], data.solutions[i], True, None) for _, i in slots]
+    if source == "disk":
+        batch = [data.responses[i] for _, i in slots]
     else:
-        engine = engines[source]
+        engine, prompts = engines[source], [data.prompts[i] for _, i in slots]
         sampling = Sampling(horizon, models.stops[source], cfg.temperature, cfg.top_p, cfg.top_k)
-        prompts = [data.prompts[i] for _, i in slots]
-        seeds = [derive_seed(cfg.seed, "train", step, place) for place, _ in slots]
-        rollouts = engine.generate(prompts, sampling, seeds)
+        rollouts = engine.generate(prompts, sampling, [seed for seed, _ in slots])
         if check:
             gaps = check_logprobs(engine, prompts, rollouts)
-        responses = [Response(prompt, tokens, reason == "stop", None)
-                     for prompt, (tokens, _, reason) in zip(prompts, rollouts)]
-    return [cut(response, horizon) for response in responses], gaps
+        batch = [Response(prompt, tokens, reason == "stop", None)
+                 for prompt, (tokens, _, reason) in zip(prompts, rollouts)]
+    return [cut(response, horizon) for response in batch], gaps
 
 
 def cut(response, horizon):
@@ -242,9 +229,8 @@ def teacher_hidden(models, micro, dtype):
     (V_t, H_t): from a forward, or from the disk, where the head is all that was loaded.
     """
     if models.teacher is None:
-        none = models.head_p[:0]
-        cached = [response.hidden.to(none) for response in micro if response.tokens]
-        return torch.cat([none, *cached]), models.head_p
+        cached = [response.hidden.to(models.head_p) for response in micro if response.tokens]
+        return torch.cat([models.head_p[:0], *cached]), models.head_p
     with torch.no_grad():
         hidden = response_hidden(models.teacher, [response[:2] for response in micro], dtype)
     return hidden, lm_head(models.teacher)
@@ -285,65 +271,49 @@ def gate(entropies, floor, unit):
     return min(entropies) >= h_min, h_min
 
 
-class Curriculum:
+# The curriculum's part of the training state, which is saved and resumed with it: the number of
+# the open `rung`, the step `rung_began`, the `entropies` at the gates so far, and `closed`.
+
+def ladder(cfg):
+    return cfg.horizons or (cfg.max_new_tokens,)  # a fixed horizon is a ladder of one
+
+
+def open_horizon(cfg, state):
+    return ladder(cfg)[min(state["rung"], len(ladder(cfg)) - 1)]
+
+
+def gate_is_due(cfg, state):
+    if state["closed"] or state["rung"] + 1 >= len(ladder(cfg)):
+        return False
+    return state["step"] >= state["rung_began"] + cfg.steps_per_horizon
+
+
+def pass_gate(cfg, state, models, data, engine, optimizer):
     """
-    Which horizon is open. What it knows is in the training state, and so saved and resumed with
-    it: `rung`, the step `rung_began`, the `entropies` at the gates so far, and `closed`.
-
-    Once the gate is closed, on_gate_closed = "hold" goes on at the rung that failed, "stop" ends
-    the run, and "rollback" goes back to weights, optimiser and horizon of the rung before, if
-    there is one, and goes on there.
+    Measure the student's own entropy on held-out prompts, and open the next rung or close the gate
+    for good. Closed, on_gate_closed = "hold" goes on at the rung that failed, "stop" ends the run,
+    and "rollback" goes back to weights, optimiser and horizon of the rung before, if there is one.
     """
-
-    def __init__(self, cfg, state):
-        self.cfg, self.state = cfg, state
-        self.ladder = cfg.horizons or (cfg.max_new_tokens,)  # a fixed horizon is a ladder of one
-
-    def horizon(self):
-        return self.ladder[min(self.state["rung"], len(self.ladder) - 1)]
-
-    def has_ended(self):
-        return self.state["closed"] and self.cfg.on_gate_closed == "stop"
-
-    def gate_is_due(self, step):
-        last = self.state["rung"] + 1 >= len(self.ladder)
-        rung_ends = self.state["rung_began"] + self.cfg.steps_per_horizon
-        return step >= rung_ends and not last and not self.state["closed"]
-
-    def decide(self, step, entropy):
-        """Open the next rung or close the gate for good; the decision as a row of the log."""
-        horizon, rung, state = self.horizon(), self.state["rung"], self.state
-        state["entropies"].append(entropy)
-        opens, h_min = gate(state["entropies"], self.cfg.entropy_floor, self.cfg.floor_unit)
-        if opens:
-            state.update(rung=rung + 1, rung_began=step)
-        else:
-            state["closed"] = True
-            if self.cfg.on_gate_closed == "rollback":
-                state["rung"] = max(0, rung - 1)
-        return {"gate": "open" if opens else "closed", "on_gate_closed": self.cfg.on_gate_closed,
-                "horizon": horizon, "next_horizon": self.horizon(),
-                "entropies": state["entropies"], "entropy_floor": h_min}
-
-
-def pass_gate(cfg, step, curriculum, models, gate_set, engine, optimizer):
-    """Measure the student's own entropy on held-out prompts, decide, and roll back if need be."""
-    stops = models.stops["student"]
-    sampling = Sampling(curriculum.horizon(), stops, 1.0, cfg.top_p, cfg.top_k)
-    metrics, records = evaluate(engine, models.template, *gate_set, sampling, 1, cfg.seed)
-    decision = curriculum.decide(step, metrics["entropy"])
-    last_open = curriculum.state["rung_began"]
-    if decision["gate"] == "closed" and cfg.on_gate_closed == "rollback" and last_open:
-        stable = Path(cfg.out_dir, f"step_{last_open:06d}")
-        weights = load_model(stable, torch.float32).state_dict()
-        whole = StateDictOptions(full_state_dict=True)
-        set_model_state_dict(models.student, weights, options=whole)
-        load_optimizer(stable, models.student, optimizer)
+    horizon, began = open_horizon(cfg, state), state["rung_began"]
+    sampling = Sampling(horizon, models.stops["student"], 1.0, cfg.top_p, cfg.top_k)
+    held_out = zip(*data.held_out[:cfg.gate_prompts])
+    metrics, records = evaluate(engine, models.template, *held_out, sampling, 1, cfg.seed)
+    state["entropies"].append(metrics["entropy"])
+    opens, h_min = gate(state["entropies"], cfg.entropy_floor, cfg.floor_unit)
+    if opens:
+        state.update(rung=state["rung"] + 1, rung_began=state["step"])
+    else:
+        state["closed"] = True
+    if not opens and cfg.on_gate_closed == "rollback" and began:
+        load_checkpoint(f"{cfg.out_dir}/step_{began:06d}", models.student, optimizer)
         engine.sync()
-    log_evaluation(cfg.out_dir, step, "gate", metrics | decision, records)
-    print0(f"gate {step:>4} {decision['gate']}: entropy {metrics['entropy']:.3f}, floor "
-           f"{decision['entropy_floor']:.3f}; horizon {decision['horizon']} -> "
-           f"{decision['next_horizon']}")
+        state["rung"] -= 1
+    verdict, now = "open" if opens else "closed", open_horizon(cfg, state)
+    metrics |= {"gate": verdict, "horizon": horizon, "next_horizon": now,
+                "entropies": state["entropies"], "entropy_floor": h_min}
+    log_evaluation(cfg, state, "gate", metrics, records)
+    print0(f"gate {state['step']:>4} {verdict}: entropy {metrics['entropy']:.3f}, floor "
+           f"{h_min:.3f}; horizon {horizon} -> {now}")
 
 
 # ------------------------------------------------------------------------------------------ set-up
@@ -357,11 +327,10 @@ class Models:
     template: Any  # the tokenizer that makes the prompts and reads the responses
     vocab_size: int  # ids below it have a row in both embeddings
     positions: int  # that both models have
-    stops: dict  # {"student" or "teacher": the ids that end what it writes}
-    own_stop: int  # the id that ends a solution in hard-label SFT
+    stops: dict  # what ends a response: the student's "own" ids, those for "student" or "teacher"
 
 
-def load_models(cfg, state, checkpoint, trajectories, device):
+def load_models(cfg, trajectories, device):
     """Both models and their tokenizers, checked against each other, sharded with cfg.fsdp."""
     tokenizer = template = load_tokenizer(cfg.student)
     for path in (cfg.teacher, trajectories and trajectories.folder / "tokenizer"):
@@ -372,39 +341,34 @@ def load_models(cfg, state, checkpoint, trajectories, device):
     sharded = cfg.fsdp and dist.is_initialized()
     host = "cpu" if sharded else device  # sharding moves a layer at a time
     dtype = getattr(torch, cfg.dtype)
-    student = load_model(checkpoint or cfg.student, torch.float32, host)
-    models, heads = [student], [lm_head(student)]
-    teacher = head_p = None
+    student = load_model(cfg.student, torch.float32, host)
+    both, sizes, teacher, head_p = [student], [len(lm_head(student))], None, None
     if trajectories and trajectories.cached:
         need(not cfg.eval_teacher, cfg, "eval_teacher",
              "beside cached hidden states only the teacher's LM head is loaded; set it False")
         head_p = load_head(cfg.teacher, trajectories).to(device, dtype)
-        heads.append(head_p)
+        sizes.append(len(head_p))
     elif cfg.teacher:
         teacher = load_model(cfg.teacher, dtype, host).requires_grad_(False)
-        models.append(teacher)
-        heads.append(lm_head(teacher))
-    vocab_size = min(map(len, heads))
-    positions = min(model.config.max_position_embeddings for model in models)
-    for model in models if sharded else ():
+        both.append(teacher)
+        sizes.append(len(lm_head(teacher)))
+    positions = min(model.config.max_position_embeddings for model in both)
+    for model in both if sharded else ():
         shard(model, device, dtype)
     for layer in student.base_model.layers if cfg.gradient_checkpointing else ():
         layer.forward = functools.partial(run_again_in_backward, layer.forward,
                                           use_reentrant=False, preserve_rng_state=False)
 
-    # The state remembers the student's own stop ids, for its checkpoints have those of its training.
-    own = state["own_stops"] = state["own_stops"] or stop_ids(student.generation_config, tokenizer)
-    both = {*own}
+    own = stop_ids(student.generation_config, tokenizer)
+    either = {*own}
     if teacher:
-        both |= {*stop_ids(teacher.generation_config, template)}
+        either |= {*stop_ids(teacher.generation_config, template)}
     if trajectories:
-        both |= {*trajectories.settings["stop_ids"]}
-    stops = {"teacher": tuple(sorted(both))}
-    stops["student"] = stops["teacher"] if cfg.stop == "union" else tuple(own)
-    student.generation_config.eos_token_id = list(stops["student"])
-    own_stop = tokenizer.eos_token_id if tokenizer.eos_token_id in own else own[0]
-    return Models(student, teacher, head_p, tokenizer, template, vocab_size, positions, stops,
-                  own_stop)
+        either |= {*trajectories.settings["stop_ids"]}
+    stops = {"own": own, "teacher": sorted(either)}
+    stops["student"] = stops["teacher"] if cfg.stop == "union" else own
+    student.generation_config.eos_token_id = stops["student"]  # for who loads its checkpoints
+    return Models(student, teacher, head_p, tokenizer, template, min(sizes), positions, stops)
 
 
 def shard(model, device, dtype):
@@ -426,164 +390,185 @@ def shard(model, device, dtype):
 
 @dataclasses.dataclass
 class Data:
-    trajectories: Any  # Trajectories, or None
-    prompts: list  # token ids of each training prompt, where there are no trajectories
-    solutions: list  # token ids of each solution, for hard labels
-    eval_set: tuple  # (problems, their prompts' token ids)
-    gate_set: tuple  # the same for the curriculum's gate
-
-    def __len__(self):
-        return len(self.trajectories or self.prompts)
+    held_out: list  # (problem, its prompt's ids), for evaluations and the gate
+    prompts: list  # ids of each training prompt
+    responses: Any = None  # Trajectories, or a Response to each prompt; None: a model writes them
 
 
-def encode_data(cfg, models, trajectories, problems, held_out, horizon):
+def encode_data(cfg, models, trajectories, problems, held_out):
     """What leaves room for the longest horizon, as token ids."""
-    limits = models.positions, models.vocab_size
-
-    def first(n, new_tokens):
-        some = held_out[:n]
-        usable = usable_prompts(cfg.eval_data, some, models.template, new_tokens, *limits)
-        return [some[i] for i in usable], list(usable.values())
-
-    data = Data(trajectories, [], [], ([], []), ([], []))
-    if cfg.eval_every:
-        data.eval_set = first(cfg.eval_prompts, cfg.eval_max_new_tokens)
-    if len(cfg.horizons) > 1:
-        data.gate_set = first(cfg.gate_prompts, horizon)
+    limits, horizon = (models.positions, models.vocab_size), ladder(cfg)[-1]
+    data = Data([], [], trajectories)
+    if held_out:
+        longest = max(horizon, cfg.eval_max_new_tokens if cfg.eval_every else 0)
+        usable = usable_prompts(cfg.eval_data, held_out, models.template, longest, *limits)
+        data.held_out = [(held_out[i], prompt) for i, prompt in usable.items()]
     if trajectories:
         trajectories.check(horizon, *limits)
         return data
     usable = usable_prompts(cfg.prompts, problems, models.template, horizon, *limits)
     data.prompts = list(usable.values())
-    for i in usable if cfg.teacher is None else ():
-        solution = problems[i]["solution"] or ""
-        if not solution.strip():
-            raise UserError(f"{cfg.prompts}: teacher=None trains on solutions, and problem "
-                            f"{problems[i]['problem'][:40]!r} has none; add a \"solution\" to "
-                            f"every line, name a teacher, or give trajectories")
-        tokens = models.tokenizer.encode(solution, add_special_tokens=False)
-        data.solutions.append([*tokens, models.own_stop])
+    if cfg.teacher is None:
+        data.responses = []
+        own, eos = models.stops["own"], models.tokenizer.eos_token_id
+        for i, prompt in usable.items():
+            solution = problems[i]["solution"] or ""
+            if not solution.strip():
+                raise UserError(f"{cfg.prompts}: teacher=None trains on solutions, and problem "
+                                f"{problems[i]['problem'][:40]!r} has none; add a \"solution\" to "
+                                f"every line, name a teacher, or give trajectories")
+            tokens = models.tokenizer.encode(solution, add_special_tokens=False)
+            tokens.append(eos if eos in own else own[0])
+            data.responses.append(Response(prompt, tokens, True, None))
     return data
 
 
-def make_engines(cfg, models, data, horizon, device):
+def make_engines(cfg, models, data, device):
     """
     {"student": engine, "teacher": engine or None}. vLLM can put only one engine of a process to
     sleep, so where the teacher writes the prefixes it has vLLM, and the student's evaluations use
     transformers.
     """
     kind = choose_engine(cfg.engine, device)
-    kinds = {"student": kind, "teacher": "hf"}
-    if prefix_source(cfg) == "teacher":
-        kinds = {"student": "hf", "teacher": kind}
-    prompts = [*data.prompts, *data.eval_set[1], *data.gate_set[1]]
-    longest = max(map(len, prompts), default=0) + max(horizon, cfg.eval_max_new_tokens)
-    dtype = getattr(torch, cfg.dtype)
-    return {name: model and make_engine(kinds[name], cfg, model, dtype, models.vocab_size, longest)
-            for name, model in (("student", models.student), ("teacher", models.teacher))}
+    writer = "teacher" if prefix_source(cfg) == "teacher" else "student"
+    prompts = [*data.prompts, *(prompt for _, prompt in data.held_out)]
+    longest = max(map(len, prompts), default=0) + max(ladder(cfg)[-1], cfg.eval_max_new_tokens)
+    options = getattr(torch, cfg.dtype), models.vocab_size, longest
+    engines = {"student": models.student, "teacher": models.teacher}
+    for name, model in engines.items():
+        own = kind if name == writer else "hf"
+        engines[name] = model and make_engine(own, cfg, model, *options)
+    return engines
 
 
-# -------------------------------------------------------------------------------------- evaluation
+# -------------------------------------------------------------------------------- a step in numbers
 
-def evaluate_models(cfg, step, state, models, eval_set, engines):
-    """Measure the student, and at first the teacher if asked to. Whether this is a new best."""
-    names = ["teacher", "student"] if step == 0 and cfg.eval_teacher else ["student"]
-    for name in names:
-        sampling = Sampling(cfg.eval_max_new_tokens, models.stops[name], cfg.eval_temperature,
-                            cfg.eval_top_p)
-        metrics, records = evaluate(engines[name], models.template, *eval_set, sampling,
-                                    cfg.eval_samples, cfg.seed)
-        log_evaluation(cfg.out_dir, step, name, metrics, records)
-    score = metrics["avg_at_k"]
-    is_best = step > 0 and score is not None and score > state["best"]
-    if is_best:
-        state.update(best=score, best_step=step)
-    return is_best
+def split(cfg, batch):
+    """
+    Micro-batches of this rank's responses, equally many on each rank, for with FSDP each forward
+    is a collective: an empty response fills up what lacks.
+    """
+    lengths = [len(response.prompt) + len(response.tokens) for response in batch]
+    micros = [[batch[i] for i in picked]
+              for picked in microbatches(lengths, cfg.max_tokens_per_microbatch)]
+    most = all_reduce(torch.tensor(len(micros)), dist.ReduceOp.MAX).item()
+    return micros + [[Response([0], [], True, None)]] * (most - len(micros))
 
 
-COLUMNS = {
-    "step": "step", "loss": "loss", "fwd": "forward_kl", "rev": "reverse_kl",
-    "H_q": "student_entropy", "H_p": "teacher_entropy", "len": "mean_length", "max": "max_length",
-    "cut": "truncated_share", "grad": "grad_norm", "tok/s": "tokens_per_second",
-    "roll": "rollout_seconds", "tea": "teacher_seconds", "stu": "student_seconds",
-    "opt": "optimizer_seconds", "TFL": "tflops"}
+def total(batch, models):
+    """
+    What the whole step has, over all ranks: {"tokens" and "sequences" of responses, how many are
+    "truncated", and the FLOPs of a forward of the "student" and of the "teacher"}.
+    """
+    lengths = [len(response.prompt) + len(response.tokens) for response in batch]
+    own = {"tokens": sum(len(response.tokens) for response in batch), "sequences": len(batch),
+           "truncated": sum(not response.ended for response in batch)}
+    for name in ("student", "teacher"):
+        model = getattr(models, name)
+        own[name] = forward_flops(model.config, lengths) if model else 0
+    sums = all_reduce(torch.tensor([*own.values()], dtype=torch.float64))
+    return dict(zip(own, sums.tolist()))
+
+
+def metrics_row(cfg, state, models, totals, sums, longest):
+    """
+    Means over the step's tokens, and FLOPs as the paper counts them (appendix H.1): student
+    prefixes G_s + F_t + 3 F_s; teacher prefixes F_t + 3 F_s, cached 3 F_s, beside which the
+    teacher's writing and its LM head are told apart.
+    """
+    source, tokens = prefix_source(cfg), totals["tokens"]
+    writing = totals["teacher"] if source == "teacher" else 0.0
+    forwards = 4 if source == "student" else 3
+    state["tflops"] += (forwards * totals["student"] + totals["teacher"]) / 1e12
+    head_size = 0 if models.head_p is None else models.head_p.numel()
+    loss, forward, reverse, entropy_q, entropy_p = (x / max(1, tokens) for x in sums)
+    return {"loss": sums[0], "forward_kl": forward, "reverse_kl": reverse if cfg.teacher else None,
+            "student_entropy": entropy_q, "teacher_entropy": entropy_p,
+            "mean_length": tokens / max(1, totals["sequences"]), "max_length": longest,
+            "truncated_share": totals["truncated"] / cfg.batch_size, "tokens": int(tokens),
+            "tflops": state["tflops"],
+            "tflops_teacher_writing": writing / 1e12,
+            "tflops_teacher_head": 2 * head_size * tokens / 1e12}
+
+
+COLUMNS = dict(column.split("=") for column in """
+    step=step loss=loss fwd=forward_kl rev=reverse_kl H_q=student_entropy H_p=teacher_entropy
+    len=mean_length max=max_length cut=truncated_share grad=grad_norm
+    tok/s=tokens_per_second roll=rollout_seconds tea=teacher_seconds stu=student_seconds
+    opt=optimizer_seconds TFL=tflops""".split())
 
 
 def main(argv):
     cfg, origin = load_config(Config, argv)
     rank, world, device = init_processes(cfg.collective_timeout)
     validate(cfg, world)
-    inputs = (cfg.student, cfg.teacher, cfg.prompts, cfg.eval_data, cfg.trajectories)
-    state, checkpoint = start_run(cfg, Path(__file__).stem, inputs, own_stops=None,
-                                  rung=0, entropies=[], closed=False, trajectories=None)
-    curriculum = Curriculum(cfg, state)
-    longest = curriculum.ladder[-1]
 
     # files first, for mistakes in them should not cost the time to load models
     trajectories, problems, held_out = None, [], []
     if cfg.trajectories:
         trajectories = Trajectories(cfg.trajectories, want_hidden=cfg.teacher is not None)
-        if state["trajectories"] not in (None, len(trajectories)):
-            raise UserError(f"{cfg.trajectories} holds {len(trajectories)} sequences, "
-                            f"{state['trajectories']} when {checkpoint} was written: their order "
-                            f"would change; start a new run with --student={checkpoint}")
-        state["trajectories"] = len(trajectories)
     else:
         problems = load_problems(cfg.prompts)
-    if cfg.eval_every or len(cfg.horizons) > 1:
+    if cfg.eval_every or len(ladder(cfg)) > 1:
         held_out = load_problems(cfg.eval_data)
+    inputs = (cfg.student, cfg.teacher, cfg.prompts, cfg.eval_data, cfg.trajectories)
+    identity = {"script": Path(__file__).stem, "student": cfg.student,
+                "trajectories": trajectories and len(trajectories)}
+    state, checkpoint = start_run(cfg, inputs, identity, rung=0, entropies=[], closed=False)
+    models = load_models(cfg, trajectories, device)
+    data = encode_data(cfg, models, trajectories, problems, held_out)
+    engines = make_engines(cfg, models, data, device)
 
-    models = load_models(cfg, state, checkpoint, trajectories, device)
     student, dtype = models.student, getattr(torch, cfg.dtype)
-    data = encode_data(cfg, models, trajectories, problems, held_out, longest)
-    engines = make_engines(cfg, models, data, longest, device)
     parameters = list(student.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, fused=True,
                                   weight_decay=cfg.weight_decay)
     if checkpoint:
-        load_optimizer(checkpoint, student, optimizer)
+        load_checkpoint(checkpoint, student, optimizer)
     save = functools.partial(save_checkpoint, cfg, student, models.tokenizer, optimizer, state)
-
     open_run(cfg, origin, state)  # from here on files are written
-    start_step = state["step"]
-    print0(f"{len(data)} {'trajectories' if trajectories else 'prompts'}, {world} process(es) on "
-           f"{device.type}, from step {start_step}")
-    climb = cfg.steps_per_horizon * (len(curriculum.ladder) - 1)
+    start_step, count = state["step"], len(data.responses or data.prompts)
+    print0(f"{count} prompts, {world} process(es) on {device.type}, from step {start_step}")
+    climb = cfg.steps_per_horizon * (len(ladder(cfg)) - 1)
     if 0 < climb >= cfg.max_steps:
-        print0(f"warning: max_steps={cfg.max_steps}: horizon {longest} opens after {climb} steps "
-               f"at the earliest")
+        print0(f"warning: max_steps={cfg.max_steps}: the last horizon opens after {climb} steps at "
+               f"the earliest")
     catch_signals()
 
-    for step in range(start_step, cfg.max_steps + 1):  # updates done so far; the last only evaluates
+    for step in range(start_step, cfg.max_steps + 1):  # updates so far; the last only evaluates
         state["step"] = step
-        number = signal_received()
-        if number:
-            save()
-            end_by_signal(number, step)
+        end_on_signal(save, step)
         engines["student"].sync()
 
         # 0. gate, evaluation, checkpoint; a resumed run has them behind it at its first step
-        if step > state["looked"]:
-            gate_is_due = curriculum.gate_is_due(step)
-            if gate_is_due:
-                pass_gate(cfg, step, curriculum, models, data.gate_set, engines["student"],
-                          optimizer)
-            last, is_best = step == cfg.max_steps or curriculum.has_ended(), False
-            if cfg.eval_every and (step % cfg.eval_every == 0 or last):
-                is_best = evaluate_models(cfg, step, state, models, data.eval_set, engines)
-            state["looked"] = step
-            if step > 0 and (is_best or gate_is_due or last or step % cfg.save_every == 0):
-                save()
-        if step == cfg.max_steps or curriculum.has_ended():
+        fresh, is_best = step > state["looked"], False
+        gated = fresh and gate_is_due(cfg, state)
+        if gated:
+            pass_gate(cfg, state, models, data, engines["student"], optimizer)
+        over = step == cfg.max_steps or state["closed"] and cfg.on_gate_closed == "stop"
+        if fresh and cfg.eval_every and (over or step % cfg.eval_every == 0):
+            for name in ("teacher", "student") if step == 0 and cfg.eval_teacher else ("student",):
+                how = Sampling(cfg.eval_max_new_tokens, models.stops[name], cfg.eval_temperature,
+                               cfg.eval_top_p)
+                problems, prompts = zip(*data.held_out[:cfg.eval_prompts])
+                metrics, records = evaluate(engines[name], models.template, problems, prompts, how,
+                                            cfg.eval_samples, cfg.seed)
+                is_best = log_evaluation(cfg, state, name, metrics, records)
+        state["looked"] = step
+        if fresh and step > 0 and (gated or is_best or over or step % cfg.save_every == 0):
+            save()
+        if over:
             break
 
-        # 1. prefixes: this rank's share of the step's prompts, with a response to each
-        timer, horizon = Timer(device), curriculum.horizon()
-        order = prompt_order(len(data), step * cfg.batch_size, cfg.batch_size, cfg.seed)
-        slots = list(enumerate(order))[rank::world]
+        # 1. prefixes: this rank's share of the step's prompts, with a response to each. Seeds
+        # belong to the place in the step, so that it is the same step on any number of ranks.
+        timer, horizon = Timer(device), open_horizon(cfg, state)
+        order = prompt_order(count, step * cfg.batch_size, cfg.batch_size, cfg.seed)
+        slots = [(derive_seed(cfg.seed, "train", step, place), order[place])
+                 for place in range(rank, cfg.batch_size, world)]
         check = step == start_step or step % cfg.check_sync_every == 0
-        batch, gaps = prefixes(cfg, step, slots, horizon, data, models, engines, check)
-        micros, totals = split_and_count(cfg, batch, models)
+        batch, gaps = prefixes(cfg, slots, horizon, data, models, engines, check)
+        micros, totals = split(cfg, batch), total(batch, models)
         timer.lap("rollout")
 
         # 2. - 3. hidden states of both models at the response tokens, and the KL from them
@@ -607,13 +592,8 @@ def main(argv):
         # 4. update: one sum of the gradients over ranks, clip, step
         sums, grad_norm = all_reduce(sums).tolist(), 0.0
         if totals["tokens"]:  # else there is nothing to learn from in this step
-            if not cfg.fsdp:  # FSDP has summed them in the backward
-                sum_gradients(parameters)
-            grad_norm = clip_grad_norm_(parameters, cfg.max_grad_norm)
-            if isinstance(grad_norm, DTensor):
-                grad_norm = grad_norm.full_tensor()
-            grad_norm = grad_norm.item()
-            stop_unless_finite(cfg, step + 1, sums[0], grad_norm, [pair[:2] for pair in batch])
+            grad_norm = clip_gradients(parameters, cfg.max_grad_norm)
+            stop_unless_finite(cfg, step + 1, sums[0], grad_norm)
             for group in optimizer.param_groups:
                 group["lr"] = cfg.learning_rate * min(1, (step + 1) / max(1, cfg.warmup_steps))
             optimizer.step()
@@ -621,67 +601,16 @@ def main(argv):
         timer.lap("optimizer")
 
         # 5. log
-        row = metrics_row(cfg, state, sums, totals, models)
+        longest = torch.tensor(max(len(response.tokens) for response in batch))
+        longest = all_reduce(longest, dist.ReduceOp.MAX).item()
+        row = metrics_row(cfg, state, models, totals, sums, longest)
         row |= {"step": step + 1, "horizon": horizon, "grad_norm": grad_norm,
-                "learning_rate": optimizer.param_groups[0]["lr"], **gaps, **timer}
-        seconds = sum(row[key] for key in row if key.endswith("_seconds"))
-        row["tokens_per_second"] = totals["tokens"] / seconds
-        if rank == 0:
-            write_lines(Path(cfg.out_dir, "metrics.jsonl"), [row])
-            print_row(COLUMNS, row, header=step % 20 == 0 or step == start_step)
+                "learning_rate": optimizer.param_groups[0]["lr"], **gaps, **timer,
+                "tokens_per_second": totals["tokens"] / (timer.now - timer.start)}
+        log_step(cfg, COLUMNS, row, header=step % 20 == 0 or step == start_step)
 
-    why = ""
-    if step < cfg.max_steps:
-        why = f"the gate closed at horizon {curriculum.horizon()}, on_gate_closed=stop; "
-    print0(f"done: {why}{cfg.out_dir}/last; `python plot.py {cfg.out_dir}` draws the curves and "
-           f"prints a table")
-
-
-def split_and_count(cfg, batch, models):
-    """
-    The micro-batches of this rank, and what the whole step has over all ranks: {"tokens" and
-    "sequences" of responses, how many are "truncated", the "longest", and the FLOPs of a forward
-    of "student_flops" and "teacher_flops"}. Every rank runs equally many micro-batches, for with
-    FSDP each forward is a collective: what lacks is filled up with an empty response.
-    """
-    lengths = [len(response.prompt) + len(response.tokens) for response in batch]
-    own = {"tokens": sum(len(response.tokens) for response in batch), "sequences": len(batch),
-           "truncated": sum(not response.ended for response in batch)}
-    own["student_flops"] = forward_flops(models.student.config, lengths)
-    own["teacher_flops"] = 0
-    if models.teacher:
-        own["teacher_flops"] = forward_flops(models.teacher.config, lengths)
-    sums = all_reduce(torch.tensor([*own.values()], dtype=torch.float64)).tolist()
-    totals = dict(zip(own, sums))
-
-    micros = [[batch[i] for i in picked]
-              for picked in microbatches(lengths, cfg.max_tokens_per_microbatch)]
-    longest = max(len(response.tokens) for response in batch)
-    most = all_reduce(torch.tensor([longest, len(micros)]), dist.ReduceOp.MAX).tolist()
-    totals["longest"] = most[0]
-    micros += [[Response([0], [], True, None)]] * (most[1] - len(micros))
-    return micros, totals
-
-
-def metrics_row(cfg, state, sums, totals, models):
-    """
-    Means over the step's tokens, and FLOPs as the paper counts them (appendix H.1): student
-    prefixes G_s + F_t + 3 F_s; teacher prefixes F_t + 3 F_s, cached 3 F_s, beside which the
-    teacher's writing and its LM head are told apart.
-    """
-    source, tokens = prefix_source(cfg), totals["tokens"]
-    written = {"student": totals["student_flops"], "teacher": totals["teacher_flops"]}.get(source, 0)
-    spent = 3 * totals["student_flops"] + totals["teacher_flops"]
-    state["tflops"] += (spent + (written if source == "student" else 0)) / 1e12
-    head_size = 0 if models.head_p is None else models.head_p.numel()
-    forward, reverse, entropy_q, entropy_p = (total / max(1, tokens) for total in sums[1:])
-    return {"loss": sums[0], "forward_kl": forward, "reverse_kl": reverse if cfg.teacher else None,
-            "student_entropy": entropy_q, "teacher_entropy": entropy_p,
-            "mean_length": tokens / max(1, totals["sequences"]), "max_length": totals["longest"],
-            "truncated_share": totals["truncated"] / cfg.batch_size, "tokens": int(tokens),
-            "tflops": state["tflops"],
-            "tflops_teacher_writing": written / 1e12 if source == "teacher" else 0.0,
-            "tflops_teacher_head": 2 * head_size * tokens / 1e12}
+    print0(f"done at step {step}, horizon {open_horizon(cfg, state)}: {cfg.out_dir}/last; `python "
+           f"plot.py {cfg.out_dir}` draws the curves and prints a table")
 
 
 if __name__ == "__main__":

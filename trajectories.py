@@ -35,10 +35,11 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from engine import model_revision
-from utils import UserError, first_line, load_model_config, write_lines
+from utils import UserError, first_line, telling, write_lines
 
 SHARDS = "[0-9][0-9][0-9]_[0-9][0-9][0-9][0-9][0-9]"     # their names, before the suffix
 
@@ -242,18 +243,16 @@ def load_head(path, data):
     The LM head (V, H_t) of the model at `path`, read without the rest of the model, for the hidden
     states in `data` (Trajectories). Raises UserError where they are not this model's.
     """
-    try:
+    with telling(f"cannot read the LM head of {path}"):
         index = cached_file(
             path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False
         )
         # A checkpoint of several files has an index that tells which tensor is in which file.
         files = json.loads(Path(index).read_text())["weight_map"] if index else {}
-        tied = load_model_config(path).tie_word_embeddings
+        tied = AutoConfig.from_pretrained(path).tie_word_embeddings
         name = "model.embed_tokens.weight" if tied else "lm_head.weight"
         with safe_open(cached_file(path, files.get(name, "model.safetensors")), "pt") as weights:
             head = weights.get_tensor(name)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot read its LM head: {first_line(error)}") from error
 
     made = data.settings
     if head.shape[1] != made["hidden_size"]:

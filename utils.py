@@ -25,7 +25,6 @@ import signal
 import sys
 import time
 import traceback
-import types
 import typing
 from pathlib import Path
 
@@ -36,12 +35,13 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
@@ -57,12 +57,12 @@ def first_line(error):
 
 
 @contextlib.contextmanager
-def reading(what):
-    """Around the reading of a user's file: what goes wrong there becomes a UserError."""
+def telling(what):
+    """Around a library's work on what a user gave it: its errors become a UserError in one line."""
     try:
         yield
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot read {what}: {first_line(error)}") from error
+        raise UserError(f"{what}: {first_line(error)}") from error
 
 
 # ------------------------------------------------------------------------------------------ config
@@ -103,13 +103,12 @@ def _run_config_file(path):
         where = getattr(error, "filename", None) or frame.filename
         line = getattr(error, "lineno", frame.lineno)
         raise UserError(f"{where}, line {line}: {type(error).__name__}: {error}") from error
-    hidden = types.ModuleType | types.FunctionType | type
-    return {key: value for key, value in names.items()
-            if not key.startswith("_") and not isinstance(value, hidden)}
+    return {key: value for key, value in names.items() if not (
+        key.startswith("_") or callable(value) or inspect.ismodule(value))}
 
 
 def _cast(key, value, kind, where):
-    """`value` as the annotated type: an int fits a float, a list a tuple."""
+    """`value` as the annotated type: an int fits a float."""
     options = typing.get_args(kind) or (kind,)  # the strings of a Literal, the types of a union
     if where == "command line":
         if value == "None" and type(None) in options:
@@ -119,13 +118,11 @@ def _cast(key, value, kind, where):
                 value = (float if float in options else ast.literal_eval)(value)
     if type(value) is int and float in options:
         value = float(value)
-    if isinstance(value, list):
-        value = tuple(value)
     fits = type(value) in options or isinstance(value, str) and value in options
     if typing.get_origin(kind) is tuple:
         fits = isinstance(value, tuple) and all(type(item) in options for item in value)
     if not fits:
-        wanted = getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind)
+        wanted = kind.__name__ if isinstance(kind, type) else str(kind)
         raise UserError(f"{where}: {key}={value!r} is a {type(value).__name__}; "
                         f"{key} must be {wanted.replace('typing.Literal', 'one of ')}")
     return value
@@ -179,9 +176,10 @@ def init_processes(patience=7200.0):
     (rank, world size, device), under torchrun or alone; NCCL between GPUs, gloo between CPUs.
     patience: seconds that a rank waits for the others before it ends.
     """
-    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    gpus = torch.cuda.device_count()
     if WORLD > 1 and gpus > 1:
         # Each process sees its own GPU only, as cuda:0: a vLLM in it takes the first it sees.
+        local = int(os.environ["LOCAL_RANK"])
         if local >= gpus:
             raise UserError(f"process {local} on this machine has no GPU; lower --nproc_per_node "
                             f"to the {gpus} GPUs")
@@ -202,31 +200,15 @@ def print0(*args):
         print(*args, flush=True)
 
 
-@contextlib.contextmanager
-def _with_others():
-    """Around a collective: where it fails, the fault is another process's."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise UserError(f"another process has ended, or is silent for longer than a rank waits "
-                        f"({first_line(error)[:200]})") from error
+_ALONE = telling("another process has ended, or is silent for longer than a rank waits")
 
 
+@_ALONE
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
     """In place over all ranks; alone, the tensor as it is."""
     if WORLD > 1:
-        with _with_others():
-            dist.all_reduce(tensor, op)
+        dist.all_reduce(tensor, op)
     return tensor
-
-
-def all_gather(items):
-    """The lists of all ranks, one after the other, on every rank."""
-    parts = [items] * WORLD
-    if WORLD > 1:
-        with _with_others():
-            dist.all_gather_object(parts, items)
-    return sum(parts, [])
 
 
 def barrier():
@@ -234,42 +216,43 @@ def barrier():
     all_reduce(torch.zeros(1))
 
 
-_noted = []  # the first signal that came, and when
+_noted = []  # (number, time) of the signals that came
 
 
 def catch_signals():
     """
-    From now on the first SIGTERM or SIGINT is only noted, for `signal_received`. A second one has
+    From now on the first SIGTERM or SIGINT is only noted, for `end_on_signal`. A second one has
     its default effect, unless it comes within a second: a scheduler signals torchrun and its
     processes, and torchrun passes its own on.
     """
     def note(number, frame):
-        if _noted and time.monotonic() > _noted[1] + 1:
+        _noted.append((number, time.monotonic()))
+        if _noted[-1][1] > _noted[0][1] + 1:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        _noted[:] = _noted or (number, time.monotonic())
 
     _noted.clear()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, note)
 
 
-def signal_received():
-    """The number of the signal that any rank has noted, or 0: all ranks stop together, or none."""
-    return int(all_reduce(torch.tensor([*_noted[:1], 0.0]).max(), dist.ReduceOp.MAX))
-
-
-def end_by_signal(number, step):
-    """Leave together, with the exit code of a program that died of this signal."""
-    print0(f"{signal.Signals(number).name}: step {step} is saved: --resume goes on")
-    barrier()  # torchrun ends all with the first that ends
-    sys.exit(128 + number)
+def end_on_signal(save, step):
+    """
+    Where any rank has noted a signal all ranks save and leave, with the exit code of a program
+    that died of it.
+    """
+    number = torch.tensor(_noted[0][0] if _noted else 0)
+    number = all_reduce(number, dist.ReduceOp.MAX).item()
+    if number:
+        save()
+        print0(f"{signal.Signals(number).name}: step {step} is saved: --resume goes on")
+        barrier()  # torchrun ends all with the first that ends
+        sys.exit(128 + number)
 
 
 def derive_seed(*parts):
     """A 63-bit seed from ints and strings: seeds belong to prompts, not to ranks or batches."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    return int(hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest(), 16) >> 1
 
 
 def prompt_order(n, start, count, seed):
@@ -293,28 +276,24 @@ def load_problems(path):
     {"question", "answer"}, whose answer is a worked solution ending in "#### 42", is read as well.
     Raises UserError that names the file and the line.
     """
-    form = 'JSONL, {"problem": ..., "answer": ...} on each line'
-    if not Path(path).is_file():
-        raise UserError(f"no prompt file {path}; it should be {form}")
-    rows = []
-    with reading(path):
+    form = '{"problem": ..., "answer": ...} on each line'
+    with telling(f"cannot read prompts, JSONL with {form}, from {path}"):
         lines = Path(path).read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            with reading(f"{path}, line {number}"):
-                rows.append(_problem(dict(json.loads(line))))
-    if not rows:
-        raise UserError(f"{path} holds no problems; it should be {form}")
-    return rows
+        if not any(map(str.strip, lines)):
+            raise ValueError("it holds no problems")
+    return [_problem(line, f"{path}, line {number}")
+            for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _problem(row):
-    problem, answer = row.get("problem", row.get("question")), row.get("answer")
-    solution = row.get("solution")
-    if not isinstance(problem, str) or not problem.strip():
-        raise ValueError(f'no "problem" or "question" text; found the keys {sorted(row)}')
-    if not isinstance(answer, str | int | float | None) or not isinstance(solution, str | None):
-        raise ValueError('"answer" must be text or a number, "solution" text')
+def _problem(line, where):
+    with telling(where):
+        row = dict(json.loads(line))
+        problem, answer = row.get("problem", row.get("question")), row.get("answer")
+        solution = row.get("solution")
+        if not isinstance(problem, str) or not problem.strip():
+            raise ValueError(f'no "problem" or "question" text; found the keys {sorted(row)}')
+        if isinstance(answer, list | dict) or isinstance(solution, list | dict):
+            raise ValueError('"answer" and "solution" must be text or a number')
     if isinstance(answer, str) and "####" in answer:
         solution, answer = answer, answer.split("####")[-1].strip()
     answer = None if answer is None else str(answer)
@@ -364,7 +343,7 @@ def usable_prompts(path, problems, tokenizer, horizon, positions, vocab_size):
 def load_tokenizer(path):
     """The tokenizer of a local folder or hub name. Raises UserError when it is missing."""
     _check_model_path(path, "tokenizer_config.json")
-    with reading(f"a tokenizer in {path}"):
+    with telling(f"cannot read a tokenizer in {path}"):
         return AutoTokenizer.from_pretrained(path)
 
 
@@ -373,11 +352,11 @@ def check_tokenizers(a, b, whose, others):
     UserError unless two tokenizers map the same ids to the same text. End-of-text id, template and
     padding of the embeddings may differ, and one may have added tokens that the other lacks.
     """
-    a, b = ({i: token for token, i in t.get_vocab().items()} for t in (a, b))
-    for i in sorted(min(a, b, key=len)):
-        if a.get(i) != b.get(i):
-            raise UserError(f"incompatible tokenizers: id {i} is {a.get(i)!r} for {whose} and "
-                            f"{b.get(i)!r} for {others}; choose two models of one family")
+    for i in range(min(len(a), len(b))):
+        ours, theirs = a.convert_ids_to_tokens(i), b.convert_ids_to_tokens(i)
+        if ours != theirs:
+            raise UserError(f"incompatible tokenizers: id {i} is {ours!r} for {whose} and "
+                            f"{theirs!r} for {others}; choose two models of one family")
 
 
 def load_model(path, dtype, device="cpu"):
@@ -386,7 +365,7 @@ def load_model(path, dtype, device="cpu"):
     when its logits are more than hidden states times the LM head, for the losses need no more.
     """
     _check_model_path(path)
-    with reading(f"a model in {path}"):
+    with telling(f"cannot load a model in {path}"):
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, output_loading_info=True)
         if info["missing_keys"]:
@@ -417,12 +396,6 @@ def _check_model_path(path, file="config.json"):
     if not is_hub_name and not (folder / file).is_file():
         raise UserError(f"no model folder {path}: it has no {file}; give a folder, or a hub name "
                         f"such as Qwen/Qwen3-0.6B")
-
-
-def load_model_config(path):
-    """config.json of a local folder or hub name."""
-    _check_model_path(path)
-    return AutoConfig.from_pretrained(path)
 
 
 def stop_ids(generation_config, tokenizer):
@@ -467,87 +440,85 @@ def response_hidden(model, sequences, dtype=torch.float32):
     the padding, and positions, never token ids, say what is a response. Wider weights run under
     autocast; FSDP gathers them in `dtype`.
     """
-    rows = [torch.tensor([*prompt, *response]) for prompt, response in sequences]
-    ids = pad_sequence(rows, batch_first=True).to(model.device)  # (B, T)
+    ids = [torch.tensor([*prompt, *response]) for prompt, response in sequences]
+    ids = pad_sequence(ids, batch_first=True).to(model.device)  # (B, T)
     predicts = torch.zeros(ids.shape, dtype=torch.bool)
     for row, (prompt, response) in zip(predicts, sequences):
-        row[len(prompt) - 1:len(prompt) + len(response) - 1] = True
+        row[len(prompt) - 1:][:len(response)] = True
     needs_cast = model.dtype != dtype and not isinstance(model, FSDPModule)
     with torch.autocast(ids.device.type, dtype, enabled=needs_cast):
         hidden = base_model(model)(ids, use_cache=False).last_hidden_state  # (B, T, H)
     return hidden[predicts].to(dtype)
 
 
-def sum_gradients(parameters):
-    """One all-reduce over the gradients; a rank that had nothing in the loss adds zeros."""
-    if WORLD > 1:
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        grads = [parameter.grad for parameter in parameters]
-        vector_to_parameters(all_reduce(parameters_to_vector(grads)), grads)
+def clip_gradients(parameters, limit):
+    """
+    Sum the gradients over ranks, where FSDP has not done so in the backward, and scale them to a
+    norm of at most `limit`. Returns the norm before that. A rank that had nothing in the loss adds
+    zeros.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if not isinstance(parameter, DTensor):
+            all_reduce(parameter.grad)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
-def stop_unless_finite(cfg, step, loss, grad_norm, sequences):
-    """UserError unless both are finite: this rank's batch is written down, no update is made."""
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return
-    path = Path(cfg.out_dir, f"nonfinite_step_{step:06d}_rank_{RANK}.jsonl")
-    write_lines(path, [{"prompt_ids": p, "response_ids": r} for p, r in sequences], mode="w")
-    raise UserError(
-        f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, so no update was made. "
-        f"The batch is in {path}, the last checkpoint is untouched; --resume with a lower "
-        f"learning_rate than {cfg.learning_rate}, or dtype=float32")
+def stop_unless_finite(cfg, step, loss, grad_norm):
+    """UserError unless both are finite, before the update is made."""
+    if not math.isfinite(loss + grad_norm):
+        raise UserError(
+            f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, so no update was "
+            f"made. The last checkpoint is untouched, and --resume repeats the steps after it "
+            f"exactly: try a lower learning_rate than {cfg.learning_rate}, or dtype=float32")
 
 
 # ----------------------------------------------------------------------------- runs and their logs
 
-def start_run(cfg, script, inputs, **own):
+def start_run(cfg, inputs, identity, **own):
     """
     (training state, checkpoint to go on from or None), after every check of cfg.out_dir. All ranks
-    call it, and the first one looks. script: a checkpoint of another one is refused. inputs: paths
-    that the run reads. `step` counts updates, `looked` is the last step at which the run has
-    evaluated, `own` is what only this script keeps. UserError where the run cannot begin.
+    call it, and the first one looks. UserError where the run cannot begin.
+
+    inputs: paths that the run reads. identity: {name: value} of what a resumed run must have in
+    common with its checkpoint, as the script and the student. In the state, `step` counts updates,
+    `looked` is the last step at which the run has evaluated, `own` is what only this script keeps.
     """
     path, step = Path(cfg.out_dir), -1
     if RANK == 0:
-        if cfg.resume and cfg.overwrite:
-            raise UserError("--resume and --overwrite exclude each other: go on with the run, or "
-                            "throw it away")
         if path.is_file() or path.is_dir() and any(path.iterdir()):
-            if not (path / "run_config.json").is_file():
-                raise UserError(f"out_dir={cfg.out_dir!r} has no run_config.json: it is no run to "
-                                f"resume or to overwrite; choose another name")
-            if not cfg.overwrite and not cfg.resume:
-                raise UserError(f"out_dir={cfg.out_dir!r} exists: --resume goes on with that run, "
-                                f"--overwrite deletes it")
-            for name in filter(None, inputs if cfg.overwrite else ()):
-                if path.resolve() in Path(name).resolve().parents:
-                    raise UserError(f"--overwrite would delete {name}, which this run reads; "
-                                    f"choose another out_dir")
+            need((path / "run_config.json").is_file(), cfg, "out_dir",
+                 "is no run to resume or to overwrite, for it has no run_config.json; choose "
+                 "another name")
+            need(cfg.resume != cfg.overwrite, cfg, "out_dir",
+                 "exists: give either --resume, which goes on with that run, or --overwrite, "
+                 "which deletes it")
+        for name in filter(None, inputs if cfg.overwrite else ()):
+            need(path.resolve() not in Path(name).resolve().parents, cfg, "out_dir",
+                 f"--overwrite would delete {name}, which this run reads; choose another name")
         step = newest_checkpoint(path) if cfg.resume else -1
-    step = int(all_reduce(torch.tensor(step), dist.ReduceOp.MAX).item())
-    state = {"script": script, "student": cfg.student, "step": 0, "looked": -1, "tflops": 0.0,
-             "best": -1.0, "best_step": 0, "rung_began": 0, **own}
+    step = all_reduce(torch.tensor(step), dist.ReduceOp.MAX).item()
+    state = {"step": 0, "looked": -1, "tflops": 0.0, "best": -1.0, "best_step": 0, "rung_began": 0,
+             **identity, **own}
     if step < 0:
         return state, None
     checkpoint = path / f"step_{step:06d}"
     saved = json.loads((checkpoint / "train_state.json").read_text())
-    for key in ("script", "student"):
-        if saved[key] != state[key]:
-            raise UserError(f"{checkpoint} has {key}={saved[key]!r}, not {state[key]!r}; resume "
-                            f"with that one, or start a new run from its weights with "
+    for key, now in identity.items():
+        if saved.get(key) != now:
+            raise UserError(f"{checkpoint} was made with {key}={saved.get(key)!r}, not {now!r}; "
+                            f"resume with that, or start a new run from its weights with "
                             f"--student={checkpoint}")
-    if cfg.max_steps < step:
-        raise UserError(f"max_steps={cfg.max_steps}: {checkpoint} is at step {step} already; raise "
-                        f"max_steps")
+    need(cfg.max_steps >= step, cfg, "max_steps", f"{checkpoint} is at step {step}; raise it")
     return state | saved, checkpoint
 
 
 def open_run(cfg, origin, state):
     """
     Make out_dir with run_config.json, and a metrics.jsonl without what came after the checkpoint;
-    print the config, and what differs from a resumed run's. All ranks call it, the first writes.
+    print the config. All ranks call it, the first writes.
     """
     barrier()  # every rank has read what --overwrite deletes
     if RANK > 0:
@@ -557,15 +528,11 @@ def open_run(cfg, origin, state):
         shutil.rmtree(out_dir.resolve())
     out_dir.mkdir(parents=True, exist_ok=True)
     print_config(cfg, origin)
-    config = json.loads(json.dumps(dataclasses.asdict(cfg)))  # as JSON has it: tuples are lists
-    for key, old in state.get("config", config).items():
-        if config.get(key) != old and key not in ("resume", "overwrite", "max_steps", "out_dir"):
-            print0(f"warning: {key}={config.get(key)!r} now, {old!r} when the checkpoint was "
-                   f"written")
-    (out_dir / "run_config.json").write_text(json.dumps(config, indent=1))
+    (out_dir / "run_config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
     metrics = out_dir / "metrics.jsonl"
-    rows = read_lines(metrics) if metrics.exists() else []
-    kept = [row for row in rows if row["step"] <= state["step" if "loss" in row else "looked"]]
+    metrics.touch()
+    kept = [row for row in read_lines(metrics)
+            if row["step"] <= state["step" if "loss" in row else "looked"]]
     write_lines(metrics, kept, mode="w")
 
 
@@ -584,54 +551,64 @@ def write_lines(path, rows, mode="a"):
 
 def read_lines(path):
     """JSON lines; a last line that a crash has cut short is dropped."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+    text = Path(path).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
-def log_evaluation(out_dir, step, name, metrics, records):
-    """What `evaluate` returned, to metrics.jsonl, samples_NAME_STEP.jsonl and the terminal."""
-    if RANK > 0:
-        return
-    write_lines(Path(out_dir, "metrics.jsonl"), [{"step": step, "model": name, **metrics}])
-    write_lines(Path(out_dir, f"samples_{name}_{step:06d}.jsonl"), records, mode="w")
-    scores = [metrics["avg_at_k"], metrics["pass_at_k"]]
-    avg, passed = ("-" if score is None else f"{score:.3f}" for score in scores)
-    print0(f"eval {step:>4} {name:<8} Avg@{metrics['k']} {avg}  Pass@{metrics['k']} {passed}  "
-           f"length {metrics['length']:.0f}  entropy {metrics['entropy']:.3f}  "
-           f"cut {metrics['truncated']:.0%}")
+def log_evaluation(cfg, state, name, metrics, records):
+    """
+    What `evaluate` returned, to metrics.jsonl, samples_NAME_STEP.jsonl and the terminal. Whether
+    it is the student's best so far, which the state then remembers; the start does not count.
+    """
+    step, score = state["step"], metrics["avg_at_k"]
+    if RANK == 0:
+        row = {"step": step, "model": name, **metrics}
+        write_lines(f"{cfg.out_dir}/metrics.jsonl", [row])
+        write_lines(f"{cfg.out_dir}/samples_{name}_{step:06d}.jsonl", records, mode="w")
+    print0(f"eval {step:>4} {name:<8} Avg@{metrics['k']} {_short(score)}  Pass@{metrics['k']} "
+           f"{_short(metrics['pass_at_k'])}  length {metrics['length']:.0f}  entropy "
+           f"{metrics['entropy']:.3f}  cut {metrics['truncated']:.0%}")
+    is_best = name == "student" and step > 0 and score is not None and score > state["best"]
+    if is_best:
+        state.update(best=score, best_step=step)
+    return is_best
 
 
-def print_row(columns, row, header):
-    """One training step in 80 columns, four characters a number. columns: {heading: key of row}."""
+def log_step(cfg, columns, row, header):
+    """
+    One training step to metrics.jsonl, and to the terminal in 80 columns, four characters a
+    number. columns: {heading: key of row}.
+    """
+    if RANK == 0:
+        write_lines(f"{cfg.out_dir}/metrics.jsonl", [row])
     if header:
         print0(" ".join(f"{name:>4}" for name in columns))
-    cells = []
-    for key in columns.values():
-        x = row.get(key)
-        if isinstance(x, float):
-            x = f"{x / 1000:.0f}k" if x >= 1e4 else f"{x:.3f}".removeprefix("0")[:4].rstrip(".")
-        cells.append("-" if x is None else x)
-    print0(*[f"{cell:>4}" for cell in cells])
+    print0(" ".join(f"{_short(row.get(key)):>4}" for key in columns.values()))
+
+
+def _short(x):
+    """A number in four characters."""
+    if isinstance(x, float):
+        return f"{x / 1000:.0f}k" if x >= 1e4 else f"{x:.3f}".removeprefix("0")[:4].rstrip(".")
+    return "-" if x is None else str(x)
 
 
 class Timer(dict):
     """
-    Seconds between laps, summed by name, and on a GPU the peaks of this rank's memory in GB, ready
-    for the log. There a lap waits for the device, so that they mean something.
+    Seconds between laps, summed by name, ready for the log, and on a GPU the peak of this rank's
+    memory so far, GB. There a lap waits for the device, so that they mean something.
     """
 
     def __init__(self, device):
-        self.on_gpu, self.now = device.type == "cuda", time.perf_counter()
+        self.on_gpu = device.type == "cuda"
+        self.start = self.now = time.perf_counter()
 
     def lap(self, name):
         if self.on_gpu:
             torch.cuda.synchronize()
-            peak, key = torch.cuda.max_memory_allocated() / 1e9, f"{name}_gb"
-            self[key] = max(peak, self.get(key, 0.0))
-            torch.cuda.reset_peak_memory_stats()
+            self["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         last, self.now = self.now, time.perf_counter()
-        key = f"{name}_seconds"
-        self[key] = self.get(key, 0.0) + self.now - last
+        self[f"{name}_seconds"] = self.get(f"{name}_seconds", 0.0) + self.now - last
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -655,20 +632,18 @@ def save_checkpoint(cfg, model, tokenizer, optimizer, state):
         whole = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
         moments = whole.get("state")  # only the first rank has it
     if RANK == 0:
-        path = Path(cfg.out_dir, f"step_{state['step']:06d}")
-        state = state | {"config": dataclasses.asdict(cfg)}
+        path = Path(f"{cfg.out_dir}/step_{state['step']:06d}")
         own = dict(model.named_parameters()) | dict(model.named_buffers())  # a tied tensor once
         weights = {name: weights[name] for name in own if name in weights}
+        state["config"] = dataclasses.asdict(cfg)
         _write_checkpoint(path, model, tokenizer, weights, moments, state)
         links = {"last": state["step"], "best": state["best_step"], "stable": state["rung_began"]}
-        for link, step in links.items():
-            if step:
-                temporary = path.with_name(f".{link}.tmp")
-                temporary.unlink(missing_ok=True)
-                temporary.symlink_to(f"step_{step:06d}")
-                temporary.replace(path.with_name(link))
-        for older in _checkpoints(cfg.out_dir)[:-cfg.keep]:
-            if int(older.name[5:]) not in links.values():
+        links = {link: f"step_{step:06d}" for link, step in links.items() if step}
+        for link, target in links.items():
+            path.with_name(link).unlink(missing_ok=True)
+            path.with_name(link).symlink_to(target)
+        for older in sorted(path.parent.glob("step_*"))[:-cfg.keep]:
+            if older.name not in links.values():
                 shutil.rmtree(older, ignore_errors=True)  # somebody may be reading it
     barrier()  # the others must not take the wait for a hang of something else
 
@@ -683,10 +658,9 @@ def _write_checkpoint(path, model, tokenizer, weights, moments, state):
         tokenizer.save_pretrained(temporary)
         torch.save(moments, temporary / "optimizer.pt")
         (temporary / "train_state.json").write_text(json.dumps(state, indent=1))
-        for file in [*temporary.rglob("*"), temporary]:  # a full disk may say so only now
-            handle = os.open(file, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+        for name in temporary.iterdir():
+            with open(name) as file:
+                os.fsync(file.fileno())  # a full disk may say so only now
         shutil.rmtree(path, ignore_errors=True)  # of this run, which has gone on from there
         temporary.replace(path)
     except Exception as error:  # tokenizers and torch have errors of their own for a full disk
@@ -695,42 +669,34 @@ def _write_checkpoint(path, model, tokenizer, weights, moments, state):
                         f"whole: make room, then --resume") from error
 
 
-def _checkpoints(out_dir):
-    """The folders, the oldest first."""
-    return sorted(Path(out_dir).glob("step_*"), key=lambda path: int(path.name[5:]))
-
-
 def newest_checkpoint(out_dir):
     """
     The step of the newest checkpoint that loads; -1 where nothing was saved yet. Those that do not
     are named, and passed over. UserError when none loads. Opening a file of tensors compares its
     length with what it says of itself, so one that was cut short is found without reading it.
     """
-    passed = []
-    for path in reversed(_checkpoints(out_dir)):
+    found = sorted(Path(out_dir).glob("step_*"), reverse=True)
+    for path in found:
         try:
             json.loads((path / "train_state.json").read_text())
-            load_model_config(path)
+            json.loads((path / "config.json").read_text())
             safe_open(path / "model.safetensors", "pt")
             torch.load(path / "optimizer.pt", mmap=True)
+            return int(path.name[5:])
         except Exception as error:  # whatever a broken file makes its reader raise
-            passed.append(f"{path} is damaged ({first_line(error)})")
-            continue
-        for line in passed:
-            print0(f"warning: {line}: going on from {path.name}")
-        return int(path.name[5:])
-    if passed:
-        raise UserError(f"{'; '.join(passed)}: no whole checkpoint to resume from; start anew with "
-                        f"--overwrite")
+            print0(f"warning: {path} is damaged ({first_line(error)}), and passed over")
+    if found:
+        raise UserError(f"no checkpoint in {out_dir} loads; start anew with --overwrite")
     print0(f"no checkpoint in {out_dir} yet: from the start")
     return -1
 
 
-def load_optimizer(checkpoint, model, optimizer):
-    """Restore AdamW's moments exactly, sharded ones from the whole; rates stay the config's."""
-    path = Path(checkpoint) / "optimizer.pt"
-    with reading(path):
-        moments = torch.load(path, mmap=True)
+def load_checkpoint(checkpoint, model, optimizer):
+    """Restore weights and AdamW's moments exactly, also of shards; rates stay the config's."""
+    weights = load_model(checkpoint, torch.float32).state_dict()
+    set_model_state_dict(model, weights, options=_WHOLE)
+    with telling(f"cannot read the optimizer of {checkpoint}"):
+        moments = torch.load(Path(checkpoint) / "optimizer.pt", mmap=True)
     if moments:  # there are none before the first update
         state = get_optimizer_state_dict(model, optimizer) | {"state": moments}
         set_optimizer_state_dict(model, optimizer, state, options=_WHOLE)
@@ -744,23 +710,18 @@ def run(main, doc, cls):
     that names the rank; an exit code of 0 means that everything was done.
     """
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(doc, inspect.getsource(cls), sep="\n")
-        return
-    code = 0
+        return print(doc, inspect.getsource(cls), sep="\n")
+    code = 1
     try:
         main(sys.argv[1:])
-    except SystemExit as end:
-        code = end.code or 0
-    except KeyboardInterrupt:  # outside a training loop, which would finish its step
-        code = 128 + signal.SIGINT
+        code = 0
+    except (SystemExit, KeyboardInterrupt) as end:  # the latter outside of a training loop
+        code = getattr(end, "code", 128 + signal.SIGINT)
     except (UserError, OSError) as error:
-        code = 1
         print(f"error: {f'rank {RANK}: ' if WORLD > 1 else ''}{error}", file=sys.stderr)
     except Exception:  # a bug; the other processes must not wait for this one
-        code = 1
         traceback.print_exc()
     sys.stdout.flush()
-    sys.stderr.flush()
     if dist.is_initialized():
         os._exit(code)  # an orderly end would wait for gloo's threads, or for a rank that is gone
     sys.exit(code)
