@@ -291,7 +291,7 @@ def test_a_folder_that_is_not_shared(tmp_path):
             utils.init_processes()
             os.chdir({str(tmp_path)!r} + ("/one" if utils.RANK == 0 else ""))
             cfg = train_distill.Config(student="data/toy/student", out_dir="run", resume=True)
-            utils.start_run(cfg, "train_distill", ())
+            utils.start_run(cfg, (), {{"student": cfg.student}})
             time.sleep(600)
         utils.run(main, "", dict)""")
     done = torchrun(2, script, timeout=60)
