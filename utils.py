@@ -629,7 +629,8 @@ def save_checkpoint(cfg, model, tokenizer, optimizer, state):
     """
     weights, moments = get_model_state_dict(model, options=_WHOLE), {}
     if optimizer.state:
-        moments = get_optimizer_state_dict(model, optimizer, options=_WHOLE)["state"]
+        whole = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+        moments = whole.get("state")  # only the first rank has it
     if RANK == 0:
         path = Path(f"{cfg.out_dir}/step_{state['step']:06d}")
         own = dict(model.named_parameters()) | dict(model.named_buffers())  # a tied tensor once
