@@ -355,11 +355,10 @@ def main(argv):
     rank, world, device = init_processes(cfg.collective_timeout)
     validate(cfg, world)
     problems, held_out = load_problems(cfg.prompts), []
-    without = [i for i, problem in enumerate(problems, 1) if not problem["answer"]]
-    if without:
-        raise UserError(f"{cfg.prompts}: problem {without[0]} has no answer, and the reward is "
-                        f"whether the answer is right; remove it ({len(without)} of "
-                        f"{len(problems)} have none)")
+    for number, problem in enumerate(problems, 1):
+        if not problem["answer"]:
+            raise UserError(f"{cfg.prompts}: problem {number} has no answer, and the reward is "
+                            f"whether the answer is right; remove it")
     if cfg.eval_every:
         held_out = load_problems(cfg.eval_data)[:cfg.eval_prompts]
     inputs = (cfg.student, cfg.prompts, cfg.eval_data, cfg.reference)
@@ -407,7 +406,7 @@ def main(argv):
         # 0. evaluation, checkpoint; a resumed run has them behind it at its first step
         fresh, over, is_best = step > state["looked"], step == cfg.max_steps, False
         if fresh and cfg.eval_every and (over or step % cfg.eval_every == 0):
-            metrics, records = evaluate(engine, tokenizer, *zip(*held_out), eval_sampling,
+            metrics, records = evaluate(engine, tokenizer, held_out, eval_sampling,
                                         cfg.eval_samples, cfg.seed)
             is_best = log_evaluation(cfg, state, "student", metrics, records)
         state["looked"] = step
@@ -445,6 +444,7 @@ def main(argv):
         # 3. - 4. loss and gradient of the whole batch, one sum over ranks, clip, step; repeated
         sums = torch.zeros(6, device=device)  # loss; over tokens: H(q), k3, clipped, c, 1
         extremes = torch.tensor([-1.0, 1.0, 0.0], device=device)  # -r, r, |log q_old / q_sampler|
+        rate = cfg.learning_rate * min(1, (step + 1) / max(1, cfg.warmup_steps))
         grad_norm = 0.0
         for _ in range(cfg.updates_per_batch if totals["loss_tokens"] else 0):
             for micro in micros:
@@ -465,7 +465,7 @@ def main(argv):
             grad_norm = max(grad_norm, norm)
             stop_unless_finite(cfg, step + 1, sums[0].item(), norm)
             for group in optimizer.param_groups:
-                group["lr"] = cfg.learning_rate * min(1, (step + 1) / max(1, cfg.warmup_steps))
+                group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             timer.lap("optimizer")
@@ -474,8 +474,7 @@ def main(argv):
         extremes = all_reduce(extremes, dist.ReduceOp.MAX).tolist()
         sums = all_reduce(sums).tolist()
         row = metrics_row(cfg, state, rewards, cut, in_loss, totals, sums, extremes)
-        row |= {"step": step + 1, "grad_norm": grad_norm, **gaps, **timer,
-                "learning_rate": optimizer.param_groups[0]["lr"],
+        row |= {"step": step + 1, "grad_norm": grad_norm, "learning_rate": rate, **gaps, **timer,
                 "tokens_per_second": totals["tokens"] / (timer.now - timer.start)}
         log_step(cfg, COLUMNS, row, header=step % 20 == 0 or step == start_step)
         if not totals["loss_tokens"]:
