@@ -422,7 +422,7 @@ def test_a_student_with_another_models_tokenizer(rl, tmp_path):
 
 def test_what_a_run_cannot_resume(rl, train, tmp_path):
     _, out = train("configs/toy_opd.py", "--max_steps=1")
-    with pytest.raises(utils.UserError, match="script='train_distill', not 'rl_grpo'; .*--student="):
+    with pytest.raises(utils.UserError, match="script='train_distill', not 'rl_grpo'; .*--stu"):
         rl("--resume", out=out)
     moved = tmp_path / "moved"
     shutil.copytree("data/toy/student", moved)
