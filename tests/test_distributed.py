@@ -41,7 +41,7 @@ utils.run(main, "", train_distill.Config)
 """
 TEN = ["--max_steps=10", "--batch_size=8", "--max_new_tokens=48", "--eval_every=0",
        "--save_every=1000", "--warmup_steps=2", "--max_tokens_per_microbatch=100",
-       "--max_grad_norm=0.2"]
+       "--max_grad_norm=0.2", "--collective_timeout=100"]
 CELLS = ["toy_sft", "toy_offline", "toy_dagger", "toy_opd"]
 
 
