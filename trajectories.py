@@ -52,8 +52,8 @@ class Response(NamedTuple):
     prompt: list[int]                   # token ids, chat template included
     tokens: list[int]                   # token ids of the response, stop token included
     ended: bool                         # True: the last token is a stop id. False: it was cut
-    hidden: torch.Tensor | None = None  # (n, H_t): the teacher's state that predicts each of the n
-                                        # tokens, or None where the teacher itself is run
+    hidden: torch.Tensor | tuple = ()   # (n, H_t): the teacher's state that predicts each of the n
+                                        # tokens, or nothing where the teacher itself is run
 
 
 class Sampled(NamedTuple):
@@ -143,10 +143,8 @@ class Shard:
         tokens = self.tensors["tokens"]
         begin, end = self.offsets[row:row + 2]
         middle = self.prompt_ends[row]
-        hidden = self.tensors.get("hidden")
-        if hidden is not None:
-            last = self.hidden_ends[row]
-            hidden = hidden[last - self.lengths[row]:last]
+        last = self.hidden_ends[row]
+        hidden = self.tensors.get("hidden", ())[last - self.lengths[row]:last]
         return Response(
             prompt=tokens[begin:middle].tolist(),
             tokens=tokens[middle:end].tolist(),
@@ -235,7 +233,7 @@ class Trajectories:
     def __getitem__(self, i):
         _, number, row = self.rows[i]
         response = self.shards[number][row]
-        return response if self.cached else response._replace(hidden=None)
+        return response if self.cached else response._replace(hidden=())
 
 
 def load_head(path, data):

@@ -52,8 +52,8 @@ class UserError(ValueError):
 
 
 def first_line(error):
-    """The first line of an exception's text, or its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an exception's text, or what it is where it has none."""
+    return (str(error).strip() or repr(error)).split("\n")[0]
 
 
 @contextlib.contextmanager
@@ -281,19 +281,21 @@ def load_problems(path):
         lines = Path(path).read_text(encoding="utf-8").split("\n")
         if not any(map(str.strip, lines)):
             raise ValueError("it holds no problems")
-    return [_problem(line, f"{path}, line {number}")
-            for number, line in enumerate(lines, 1) if line.strip()]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        with telling(f"{path}, line {number}"):
+            if line.strip():
+                rows.append(_problem(dict(json.loads(line))))
+    return rows
 
 
-def _problem(line, where):
-    with telling(where):
-        row = dict(json.loads(line))
-        problem, answer = row.get("problem", row.get("question")), row.get("answer")
-        solution = row.get("solution")
-        if not isinstance(problem, str) or not problem.strip():
-            raise ValueError(f'no "problem" or "question" text; found the keys {sorted(row)}')
-        if isinstance(answer, list | dict) or isinstance(solution, list | dict):
-            raise ValueError('"answer" and "solution" must be text or a number')
+def _problem(row):
+    problem, answer = row.get("problem", row.get("question")), row.get("answer")
+    solution = row.get("solution")
+    if not isinstance(problem, str) or not problem.strip():
+        raise ValueError(f'no "problem" or "question" text; found the keys {sorted(row)}')
+    if isinstance(answer, list | dict) or isinstance(solution, list | dict):
+        raise ValueError('"answer" and "solution" must be text or a number')
     if isinstance(answer, str) and "####" in answer:
         solution, answer = answer, answer.split("####")[-1].strip()
     answer = None if answer is None else str(answer)
@@ -322,19 +324,17 @@ def usable_prompts(path, problems, tokenizer, horizon, positions, vocab_size):
     """
     prompts = [encode_prompt(tokenizer, row["problem"]) for row in problems]
     usable = {i: ids for i, ids in enumerate(prompts) if len(ids) + horizon <= positions}
+    limit = f"pass max_position_embeddings={positions} with {horizon} new tokens"
     if not usable:
-        shortest = min(map(len, prompts))
-        raise UserError(
-            f"{path}: no usable prompt: {horizon} new tokens and a prompt of {shortest} or more "
-            f"pass max_position_embeddings={positions}; lower max_new_tokens, eval_max_new_tokens "
-            f"or horizons")
+        raise UserError(f"{path}: no usable prompt: {min(map(len, prompts))} tokens and more {limit};"
+                        f" lower max_new_tokens, eval_max_new_tokens or horizons")
     largest = max(map(max, usable.values()))
     if largest >= vocab_size:
         raise UserError(f"{path}: the chat template writes id {largest}, the smaller vocabulary "
                         f"ends at {vocab_size - 1}; choose models of one family")
     if len(usable) < len(prompts):
-        print0(f"warning: {path}: {len(prompts) - len(usable)} of {len(prompts)} prompts skipped: "
-               f"with {horizon} new tokens they pass max_position_embeddings={positions}")
+        skipped = len(prompts) - len(usable)
+        print0(f"warning: {path}: {skipped} of {len(prompts)} prompts skipped: they {limit}")
     return usable
 
 
@@ -568,7 +568,7 @@ def log_evaluation(cfg, state, name, metrics, records):
     print0(f"eval {step:>4} {name:<8} Avg@{metrics['k']} {_short(score)}  Pass@{metrics['k']} "
            f"{_short(metrics['pass_at_k'])}  length {metrics['length']:.0f}  entropy "
            f"{metrics['entropy']:.3f}  cut {metrics['truncated']:.0%}")
-    is_best = name == "student" and step > 0 and score is not None and score > state["best"]
+    is_best = name == "student" and step > 0 and (score or 0) > state["best"]
     if is_best:
         state.update(best=score, best_step=step)
     return is_best
@@ -582,15 +582,15 @@ def log_step(cfg, columns, row, header):
     if RANK == 0:
         write_lines(f"{cfg.out_dir}/metrics.jsonl", [row])
     if header:
-        print0(" ".join(f"{name:>4}" for name in columns))
-    print0(" ".join(f"{_short(row.get(key)):>4}" for key in columns.values()))
+        print0(*map("{:>4}".format, columns))
+    print0(*[f"{_short(row.get(key)):>4}" for key in columns.values()])
 
 
 def _short(x):
     """A number in four characters."""
     if isinstance(x, float):
-        return f"{x / 1000:.0f}k" if x >= 1e4 else f"{x:.3f}".removeprefix("0")[:4].rstrip(".")
-    return "-" if x is None else str(x)
+        x = f"{x / 1000:.0f}k" if x >= 1e4 else f"{x:.3f}".removeprefix("0")[:4].rstrip(".")
+    return "-" if x is None else x
 
 
 class Timer(dict):
@@ -651,8 +651,6 @@ def save_checkpoint(cfg, model, tokenizer, optimizer, state):
 def _write_checkpoint(path, model, tokenizer, weights, moments, state):
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        if not path.parent.is_dir():
-            raise FileNotFoundError("its folder has been removed")
         shutil.rmtree(temporary, ignore_errors=True)  # of a save that was cut short
         model.save_pretrained(temporary, state_dict=weights, max_shard_size="9TB")
         tokenizer.save_pretrained(temporary)
@@ -695,8 +693,7 @@ def load_checkpoint(checkpoint, model, optimizer):
     """Restore weights and AdamW's moments exactly, also of shards; rates stay the config's."""
     weights = load_model(checkpoint, torch.float32).state_dict()
     set_model_state_dict(model, weights, options=_WHOLE)
-    with telling(f"cannot read the optimizer of {checkpoint}"):
-        moments = torch.load(Path(checkpoint) / "optimizer.pt", mmap=True)
+    moments = torch.load(f"{checkpoint}/optimizer.pt", mmap=True)
     if moments:  # there are none before the first update
         state = get_optimizer_state_dict(model, optimizer) | {"state": moments}
         set_optimizer_state_dict(model, optimizer, state, options=_WHOLE)

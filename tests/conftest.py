@@ -1,55 +1,94 @@
-"""Two threads, the toy models, and a short way to run the training script in process."""
+"""Two threads, the toy models, and a short way to run the training script in this process."""
 
 import os
+import re
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")        # the same numbers on every machine; CUDA_VISIBLE_DEVICES=0 overrides
+# The same numbers on every machine; CUDA_VISIBLE_DEVICES=0 takes a GPU.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 if not os.environ["CUDA_VISIBLE_DEVICES"]:
-    os.environ["TRITON_INTERPRET"] = "1"                 # read when a kernel is defined: kernels run on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: kernels run on the CPU
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train_distill
-import utils
+from utils import encode_prompt, load_model, load_problems, load_tokenizer, read_lines
 
 torch.set_num_threads(2)
 
-STOPS = (257, 260)                                       # <|endoftext|>, <|im_end|>
-SHORT = ["--batch_size=8", "--max_new_tokens=24", "--eval_every=0", "--save_every=1000", "--max_tokens_per_microbatch=512"]
+STOPS = (257, 260)  # <|endoftext|>, <|im_end|>
+SHORT = ["--batch_size=8", "--max_new_tokens=24", "--eval_every=0", "--save_every=1000",
+         "--max_tokens_per_microbatch=512"]
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return utils.load_tokenizer("data/toy/student")
+    return load_tokenizer("data/toy/student")
 
 
 @pytest.fixture()
 def student():
-    return utils.load_model("data/toy/student", torch.float32)
+    return load_model("data/toy/student", torch.float32)
 
 
 @pytest.fixture(scope="session")
 def teacher():
-    return utils.load_model("data/toy/teacher", torch.float32)
+    return load_model("data/toy/teacher", torch.float32)
 
 
 @pytest.fixture(scope="session")
 def prompts(tokenizer):
-    return [utils.encode_prompt(tokenizer, row["problem"]) for row in utils.load_problems("data/toy/middle.jsonl")]
+    problems = load_problems("data/toy/middle.jsonl")
+    return [encode_prompt(tokenizer, problem["problem"]) for problem in problems]
 
 
 @pytest.fixture(scope="session")
-def sequences(prompts):
-    """(prompt, response) pairs from the files' solutions, of many lengths."""
-    tok, rows = utils.load_tokenizer("data/toy/student"), utils.load_problems("data/toy/middle.jsonl")
-    return [(p, tok.encode(r["solution"], add_special_tokens=False) + [257]) for p, r in zip(prompts, rows)]
+def sequences(tokenizer, prompts):
+    """(prompt, response) pairs from the solutions in the file, of many lengths."""
+    pairs = []
+    for prompt, problem in zip(prompts, load_problems("data/toy/middle.jsonl")):
+        solution = tokenizer.encode(problem["solution"], add_special_tokens=False)
+        pairs.append((prompt, [*solution, STOPS[0]]))
+    return pairs
 
 
 @pytest.fixture()
 def train(tmp_path):
-    """train("configs/toy_opd.py", "--max_steps=3") -> (metrics lines, run folder)."""
-    def go(*argv, out=None, short=True):
+    """train("configs/toy_opd.py", "--max_steps=3") -> (rows of metrics.jsonl, run folder)."""
+    def go(config, *options, out=None):
         out = out or tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        train_distill.main([*argv[:1], *(SHORT if short else []), f"--out_dir={out}", *argv[1:]])
-        return utils.read_lines(out / "metrics.jsonl"), out
+        train_distill.main([config, *SHORT, f"--out_dir={out}", *options])
+        return read_lines(out / "metrics.jsonl"), out
     return go
+
+
+def steps_of(rows):
+    """Those of training steps, without the evaluations between them."""
+    return [row for row in rows if "loss" in row]
+
+
+def without_times(rows):
+    """What a run that is left alone and one that is resumed have in common to the last digit."""
+    # The gap is looked at after a resume, too.
+    varies = re.compile("seconds|per_second|logprob_gap|_gb")
+    return [{key: row[key] for key in row if not varies.search(key)} for row in rows]
+
+
+def weights(checkpoint):
+    return load_file(checkpoint / "model.safetensors")
+
+
+def saved(checkpoint):
+    """Weights and AdamW's moments, each tensor by its name."""
+    tensors = weights(checkpoint)
+    for name, moments in torch.load(checkpoint / "optimizer.pt").items():
+        for key, tensor in moments.items():
+            tensors[f"{name} {key}"] = tensor
+    return tensors
+
+
+def same(a, b, tolerance=0.0):
+    """Whether two {name: tensor} differ by no more than this."""
+    assert a.keys() == b.keys()
+    return all((a[name] - b[name]).abs().max() <= tolerance for name in a)

@@ -1,11 +1,12 @@
-"""The config loader, every config file, the toy world and its tokenizer, prompts, the grader, the paper's FLOPs."""
+"""The config loader, every config file, the toy world and its tokenizer, prompts, paper's FLOPs."""
 
-import ast
 import dataclasses
-import inspect
+import itertools
 import json
 import random
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -13,16 +14,27 @@ import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 import eval_math
-import grade
 import rl_grpo
 import sample
 import train_distill
-import utils
 from data import toy
-from engine import HFEngine, Sampling, make_engine
-from utils import UserError
+from engine import HFEngine, Sampling, forward_flops
+from grade import evaluate, grade, pass_at_k, tokens_after_box
+from utils import (
+    UserError,
+    check_head,
+    check_ranges,
+    check_tokenizers,
+    encode_prompt,
+    lm_head,
+    load_config,
+    load_problems,
+    load_tokenizer,
+    prompt_order,
+    stop_ids,
+)
 
-# ------------------------------------------------------------------------------------------------------------- config loader
+# ----------------------------------------------------------------------------------- config loader
 
 
 @dataclasses.dataclass
@@ -38,249 +50,302 @@ class Small:
 
 def load(tmp_path, text, *options):
     (tmp_path / "c.py").write_text(text)
-    return utils.load_config(Small, [str(tmp_path / "c.py"), *options])
+    return load_config(Small, [str(tmp_path / "c.py"), *options])
 
 
 def test_config_precedence_and_types(tmp_path):
-    cfg, origin = load(tmp_path, "import math\n_base = 2\nsteps = _base * 2\nrate = 1\nkind = 'y'\n", "--steps=7", "--flag",
-                       "--teacher=None", "--name=42", "--ladder=(128, 256)")
-    assert cfg == Small(rate=1.0, steps=7, name="42", teacher=None, flag=True, ladder=(128, 256), kind="y")
-    assert type(cfg.rate) is float and origin["steps"] == "command line" and origin["rate"].endswith("c.py")
-    assert load(tmp_path, "from configs.opd_4b import seed as _s\nflag = True", "--flag=False")[0].flag is False
+    text = "import math\n_base = 2\nsteps = _base * 2\nrate = 1\nkind = 'y'\n"
+    cfg, origin = load(tmp_path, text, "--steps=7", "--flag", "--teacher=None", "--name=42",
+                       "--ladder=(128, 256)")
+    assert cfg == Small(rate=1.0, steps=7, name="42", teacher=None, flag=True, ladder=(128, 256),
+                        kind="y")
+    assert type(cfg.rate) is float
+    assert origin["steps"] == "command line" and origin["rate"].endswith("c.py")
+    text = "from configs.opd_4b import seed as _s\nflag = True"
+    assert load(tmp_path, text, "--flag=False")[0].flag is False
+
+
+def test_of_several_config_files_the_later_wins(tmp_path):
+    """And what the command line says over all of them, wherever it stands."""
+    first, second = str(tmp_path / "first.py"), str(tmp_path / "second.py")
+    Path(first).write_text("rate = 0.1\nsteps = 1\nname = 'first'\n")
+    Path(second).write_text("steps = 2\nname = 'second'\n")
+    cfg, origin = load_config(Small, ["--name=mine", first, second])
+    assert cfg == Small(rate=0.1, steps=2, name="mine")
+    assert origin == {"rate": first, "steps": second, "name": "command line"}
+    cfg, origin = load_config(Small, [second, first])
+    assert cfg == Small(rate=0.1, steps=1, name="first")
+    assert origin["steps"] == first
 
 
 @pytest.mark.parametrize("text, options, message", [
-    ("stepz = 3", [], r"c.py: unknown key 'stepz'; did you mean 'steps'"),
-    ("", ["--stpes=3"], "command line: unknown key 'stpes'; did you mean 'steps'"),
+    ("stepz = 3", [], "c.py: unknown key 'stepz'; did you mean 'steps'?"),
+    ("", ["--stpes=3"], "command line: unknown key 'stpes'; did you mean 'steps'?"),
+    ("", ["--verbose"], "command line: unknown key 'verbose'; --help lists the keys"),
     ("steps = 1.5", [], "steps=1.5 is a float; steps must be int"),
     ("steps = True", [], "steps=True is a bool; steps must be int"),
     ("flag = 1", [], "flag=1 is a int; flag must be bool"),
     ("rate = None", [], "rate must be float"),
+    ("ladder = (1, 'a')", [], "ladder=(1, 'a') is a tuple; ladder must be tuple[int, ...]"),
     ("", ["--steps"], "steps=True"),
     ("", ["--steps=ten"], "steps='ten' is a str"),
-    ("", ["--kind=z"], "kind must be 'x' | 'y'"),
-    ("x = (", [], r"c.py, line 1: SyntaxError"),
-    ("steps = 1\nrate = 1 / 0", [], r"c.py, line 2: ZeroDivisionError"),
+    ("", ["--kind=z"], "kind='z' is a str; kind must be one of ['x', 'y']"),
+    ("", ["nothing.py"], "no config file nothing.py; those of this repository are in configs/"),
+    ("x = (", [], "c.py, line 1: SyntaxError"),
+    ("steps = 1\nrate = 1 / 0", [], "c.py, line 2: ZeroDivisionError"),
     ("from configs.nothing import *", [], "c.py, line 1: ModuleNotFoundError"),
 ])
 def test_config_mistakes(tmp_path, text, options, message):
-    with pytest.raises(UserError, match=message.replace("|", r"\|")) as caught:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
         load(tmp_path, text, *options)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key, value, limit", [
+    ("max_new_tokens", 0, "must be at least 1"), ("rollout_rows", 0, "must be at least 1"),
+    ("num_prompts", -1, "must be at least 1"), ("keep", 0, "must be at least 1"),
+    ("eval_every", -1, "must not be negative"), ("temperature", -0.5, "must not be negative"),
+    ("top_p", 1.5, "must be in (0, 1]; 1 keeps every token"),
+    ("eval_top_p", 0.0, "must be in (0, 1]; 1 keeps every token"),
+    ("kv_cache_gb", -1.0, "must be positive"), ("rollout_timeout", 0.0, "must be positive"),
+    ("max_logprob_gap", -1.0, "must be positive")])
+def test_ranges(key, value, limit):
+    """A key of a name has the same range in all configs; None passes, and so does the limit."""
+    check_ranges(SimpleNamespace(**{key: None}))
+    check_ranges(SimpleNamespace(**{key: 1}))
+    with pytest.raises(UserError, match=re.escape(f"{key}={value!r}: {limit}")):
+        check_ranges(SimpleNamespace(**{key: value}))
+
+
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*.py")), ids=lambda p: p.stem)
 def test_every_config_loads(path):
-    if "sample" in path.stem:
-        cfg, _ = utils.load_config(sample.Config, [str(path)])
-        sample.validate(cfg)
-    elif "eval" in path.stem:
-        cfg, _ = utils.load_config(eval_math.Config, [str(path)])
-        eval_math.validate(cfg)
-    elif "grpo" in path.stem:
-        cfg, _ = utils.load_config(rl_grpo.Config, [str(path)])
-        rl_grpo.validate(cfg, 8)
-    else:
-        cfg, _ = utils.load_config(train_distill.Config, [str(path)])
-        train_distill.validate(cfg, 1)
-        train_distill.validate(cfg, 8)
+    stage = train_distill
+    for part, script in (("sample", sample), ("eval", eval_math), ("grpo", rl_grpo)):
+        if part in path.stem:
+            stage = script
+    cfg, _ = load_config(stage.Config, [str(path)])
+    check_ranges(cfg)
+    if stage in (train_distill, rl_grpo):
+        stage.validate(cfg, 1)
+        stage.validate(cfg, 8)
     assert cfg.out_dir == f"out/{path.stem}"
 
 
-def test_every_key_is_read():
-    """No config key that nobody reads."""
-    for script in (train_distill, sample, eval_math, rl_grpo):
-        source = Path(script.__file__).read_text()
-        loop = source[source.index("def load_benchmarks" if script is eval_math else "def main"):]
-        for field in dataclasses.fields(script.Config):
-            assert f"cfg.{field.name}" in loop + inspect.getsource(make_engine), field.name
-
-
 def test_batch_not_divisible():
-    cfg = train_distill.Config(batch_size=30)
-    with pytest.raises(UserError, match="batch_size=30: must be a positive multiple of the 8 processes; try 24"):
-        train_distill.validate(cfg, 8)
+    message = "batch_size=30: must be a positive multiple of the 8 processes; try 24"
+    with pytest.raises(UserError, match=message):
+        train_distill.validate(train_distill.Config(batch_size=30), 8)
 
 
-# ------------------------------------------------------------------------------------------------------------- paper configs
+# ----------------------------------------------------------------------------------- paper configs
 
-QWEN3 = {"Qwen/Qwen3-0.6B-Base": (1024, 28, 3072, 16, True), "Qwen/Qwen3-4B": (2560, 36, 9728, 32, True),
-         "Qwen/Qwen3-8B": (4096, 36, 12288, 32, False)}
-
-
-def qwen3(name, heads=None, head_dim=128, kv_heads=8):
-    hidden, layers, inner, real_heads, tied = QWEN3[name]
-    return Qwen3Config(hidden_size=hidden, num_hidden_layers=layers, intermediate_size=inner, vocab_size=151936,
-                       head_dim=head_dim, num_attention_heads=heads or real_heads, num_key_value_heads=kv_heads,
-                       tie_word_embeddings=tied, max_position_embeddings=40960)
+SMALL, MIDDLE, BIG = "Qwen/Qwen3-0.6B-Base", "Qwen/Qwen3-4B", "Qwen/Qwen3-8B"
+SHAPES = {  # hidden size, layers, size of the MLP, heads, whether embedding and head are one
+    SMALL: (1024, 28, 3072, 16, True), MIDDLE: (2560, 36, 9728, 32, True),
+    BIG: (4096, 36, 12288, 32, False)}
 
 
-@pytest.mark.parametrize("name, parameters", [("Qwen/Qwen3-0.6B-Base", 596_049_920), ("Qwen/Qwen3-4B", 4_022_468_096),
-                                              ("Qwen/Qwen3-8B", 8_190_735_360)])
+def qwen3(name, heads=None):
+    hidden, layers, mlp, real_heads, tied = SHAPES[name]
+    return Qwen3Config(
+        hidden_size=hidden, num_hidden_layers=layers, intermediate_size=mlp, vocab_size=151936,
+        head_dim=128, num_attention_heads=heads or real_heads, num_key_value_heads=8,
+        tie_word_embeddings=tied, max_position_embeddings=40960)
+
+
+@pytest.mark.parametrize("name, parameters", [
+    (SMALL, 596_049_920), (MIDDLE, 4_022_468_096), (BIG, 8_190_735_360)])
 def test_paper_models_on_meta(name, parameters):
-    """The real shapes: parameter counts as published, heads our loss can use, under 10 GB for 0.6B masters and Adam."""
+    """The real shapes: as many parameters as published, and heads that the losses can use."""
     with torch.device("meta"):
         model = Qwen3ForCausalLM(qwen3(name))
-    assert sum(p.numel() for p in model.parameters()) == parameters
-    utils.check_head(model, name)
-    assert model.get_output_embeddings().weight.shape == (151936, QWEN3[name][0])
-    if "0.6B" in name:
-        assert parameters * 4 * 4 < 10e9                 # weights, gradient, two moments in fp32
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    check_head(model, name)
+    assert lm_head(model).shape == (151936, SHAPES[name][0])
 
 
 def test_paper_flops():
-    """Appendix H.1: B 32, P 92, R 128. The paper has heads x head_dim = H, full attention in F, causal in G: within 1 %."""
+    """
+    Appendix H.1, B 32, P 92, R 128, within 1 %. The paper takes heads x head_dim = H; a forward of
+    teacher or student has full attention there, generation has causal attention.
+    """
     lengths = [220] * 32
-    as_paper = {"Qwen/Qwen3-0.6B-Base": qwen3("Qwen/Qwen3-0.6B-Base", heads=8, kv_heads=8),
-                "Qwen/Qwen3-4B": qwen3("Qwen/Qwen3-4B", heads=20)}
-    causal = [utils.forward_flops(c, lengths) / 1e12 for c in as_paper.values()]
-    F_s, F_t = (forward + sum(2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * n * n for n in lengths) / 1e12
-                for forward, c in zip(causal, as_paper.values()))        # a token attends to all, not to half, on average
-    assert causal[0] == pytest.approx(7.66, rel=0.002) and F_t == pytest.approx(53.13, rel=0.01)
-    assert 3 * F_s == pytest.approx(23.19, rel=0.01)                     # cached teacher prefixes
-    assert causal[0] + F_t + 3 * F_s == pytest.approx(83.98, rel=0.01)   # student prefixes
-    assert (causal[0] + F_t + 3 * F_s) / (3 * F_s) == pytest.approx(3.62, rel=0.01)
-    # what metrics.jsonl counts: the real shapes (16 heads x 128 = 2048 != H = 1024), causal attention everywhere
-    real_s, real_t = (utils.forward_flops(qwen3(name), lengths) / 1e12 for name in as_paper)
-    head = 2 * 32 * 128 * 2560 * 151936 / 1e12                           # a cached teacher's head, at response tokens
-    assert (real_s, real_t, head) == pytest.approx((8.57, 57.09, 3.19), rel=0.002)
-    assert (4 * real_s + real_t) / (3 * real_s) == pytest.approx(3.55, rel=0.002)
-    assert (4 * real_s + real_t) / (3 * real_s + head) == pytest.approx(3.16, rel=0.002)
-    # by hand: q, k, v and output projections, MLP, LM head, then causal attention
-    tiny = Qwen3Config(hidden_size=4, num_hidden_layers=1, intermediate_size=3, vocab_size=10, head_dim=2,
-                       num_attention_heads=2, num_key_value_heads=1)
-    assert utils.forward_flops(tiny, [6]) == 6 * (2 * 4 * (4 + 4) + 2 * 4 * 4 + 6 * 4 * 3 + 2 * 4 * 10) + 2 * 4 * 36
+    # the paper's heads: H / 128
+    configs = qwen3(SMALL, heads=8), qwen3(MIDDLE, heads=20)
+    generation, teacher_causal = (forward_flops(config, lengths) / 1e12 for config in configs)
+    # a token attends to all tokens, not to half of them on average
+    more = [sum(2 * config.num_hidden_layers * config.hidden_size * n * n for n in lengths) / 1e12
+            for config in configs]
+    student, teacher = generation + more[0], teacher_causal + more[1]
+    assert generation == pytest.approx(7.66, rel=0.002)
+    assert teacher == pytest.approx(53.13, rel=0.01)
+    assert 3 * student == pytest.approx(23.19, rel=0.01)  # cached teacher prefixes
+    on_policy = generation + teacher + 3 * student
+    assert on_policy == pytest.approx(83.98, rel=0.01)  # student prefixes
+    assert on_policy / (3 * student) == pytest.approx(3.62, rel=0.01)
+
+
+def test_flops_of_the_real_shapes():
+    """What metrics.jsonl counts: 16 heads x 128 = 2048 where H = 1024, causal attention."""
+    student, teacher = (forward_flops(qwen3(name), [220] * 32) / 1e12 for name in (SMALL, MIDDLE))
+    head = 2 * 32 * 128 * 2560 * 151936 / 1e12  # of a cached teacher, at response tokens
+    assert (student, teacher, head) == pytest.approx((8.57, 57.09, 3.19), rel=0.002)
+    on_policy = 4 * student + teacher
+    assert on_policy / (3 * student) == pytest.approx(3.55, rel=0.002)
+    assert on_policy / (3 * student + head) == pytest.approx(3.16, rel=0.002)
+
+    tiny = Qwen3Config(
+        hidden_size=4, num_hidden_layers=1, intermediate_size=3, vocab_size=10, head_dim=2,
+        num_attention_heads=2, num_key_value_heads=1)
+    query, key_and_value, output, mlp, head = 2 * 4 * 4, 2 * 4 * 4, 2 * 4 * 4, 6 * 4 * 3, 2 * 4 * 10
+    attention = 2 * 4 * 36
+    by_hand = 6 * (query + key_and_value + output + mlp + head) + attention
+    assert forward_flops(tiny, [6]) == by_hand
 
 
 @pytest.mark.parametrize("path, teacher, prefix, lam", [
-    ("opd_4b", "4B", "student", 1.0), ("opd_8b", "8B", "student", 1.0), ("sft_4b", "4B", "teacher", 0.0),
-    ("dagger_4b", "4B", "student", 0.0), ("offline_4b", "4B", "teacher", 1.0), ("mix_4b", "4B", "student", 0.2),
+    ("opd_4b", MIDDLE, "student", 1.0), ("opd_8b", BIG, "student", 1.0),
+    ("sft_4b", MIDDLE, "teacher", 0.0), ("dagger_4b", MIDDLE, "student", 0.0),
+    ("offline_4b", MIDDLE, "teacher", 1.0), ("mix_4b", MIDDLE, "student", 0.2),
     ("hard_sft_4b", None, "teacher", 0.0)])
 def test_paper_settings(path, teacher, prefix, lam):
-    cfg, _ = utils.load_config(train_distill.Config, [f"configs/{path}.py"])
-    assert (cfg.teacher, cfg.prefix, cfg.reverse_weight) == (teacher and f"Qwen/Qwen3-{teacher}", prefix, lam)
+    cfg, _ = load_config(train_distill.Config, [f"configs/{path}.py"])
+    assert (cfg.teacher, cfg.prefix, cfg.reverse_weight) == (teacher, prefix, lam)
     assert cfg.trajectories == (None if prefix == "student" else "out/sample_4b")
-    assert (cfg.learning_rate, cfg.batch_size, cfg.max_steps, cfg.warmup_steps, cfg.seed) == (5e-7, 32, 1000, 50, 42)
-    assert (cfg.temperature, cfg.top_p, cfg.top_k, cfg.max_new_tokens) == (1.0, 0.95, 20, 4096)
-    assert (cfg.eval_every, cfg.save_every, cfg.keep, cfg.eval_temperature, cfg.eval_top_p) == (30, 40, 10, 0.6, 0.95)
+    expected = {
+        "learning_rate": 5e-7, "batch_size": 32, "max_steps": 1000, "warmup_steps": 50, "seed": 42,
+        "temperature": 1.0, "top_p": 0.95, "top_k": 20, "max_new_tokens": 4096, "eval_every": 30,
+        "save_every": 40, "keep": 10, "eval_temperature": 0.6, "eval_top_p": 0.95}
+    assert {key: getattr(cfg, key) for key in expected} == expected
 
 
-# ------------------------------------------------------------------------------------------------------------- the toy world
+# ----------------------------------------------------------------------------------- the toy world
+
+def digits_of(problem):
+    return sorted(problem.removesuffix("?").split("+"))
+
 
 def test_problems_are_the_shipped_ones():
+    """The files are what toy.py makes; no sum is in two files, and every step of it is right."""
     files = toy.make_problems()
+    sums = {}
     for name, rows in files.items():
-        assert utils.load_problems(f"data/toy/{name}.jsonl") == rows, f"{name}.jsonl: run python data/toy.py"
-    digits = {name: {tuple(sorted(r["problem"][:-1].split("+"))) for r in rows} for name, rows in files.items()}
-    for a in digits:
-        assert all(not digits[a] & digits[b] for b in digits if b != a)
-    for rows in files.values():
-        for row in rows:
-            assert row["answer"] == str(sum(map(int, row["problem"][:-1].split("+"))) % 10)
-            assert grade.grade(row["solution"], row["answer"]) == (True, "same text")
-            for line in row["solution"].split("\\boxed")[0].split("\n"):
-                steps = [step for step in line.split(";") if step]
-                assert sorted([steps[0][0], *(step[2] for step in steps)]) == sorted(row["problem"][:-1].split("+"))
-                assert all((int(s[0]) + int(s[2])) % 10 == int(s[4]) for s in steps)
-    tok = toy.make_encoding()
-    lengths = sorted(len(tok.encode(row["solution"])) + 1 for row in files["middle"])
-    assert lengths[int(0.9 * len(lengths))] >= 6 * 16    # the longest tenth against a short horizon of 16
+        assert load_problems(f"data/toy/{name}.jsonl") == rows, f"{name}: run python data/toy.py"
+        sums[name] = {tuple(digits_of(row["problem"])) for row in rows}
+    for a, b in itertools.combinations(sums, 2):
+        assert not sums[a] & sums[b]
+    for row in itertools.chain(*files.values()):
+        digits = digits_of(row["problem"])
+        assert row["answer"] == str(sum(map(int, digits)) % 10)
+        assert grade(row["solution"], row["answer"]) == (True, "same text")
+        for line in row["solution"].split("\\boxed")[0].split("\n"):
+            steps = [step for step in line.split(";") if step]  # such as 3+8=1
+            assert sorted([steps[0][0], *(step[2] for step in steps)]) == digits
+            assert all((int(step[0]) + int(step[2])) % 10 == int(step[4]) for step in steps)
+
+    encoding = toy.make_encoding()
+    lengths = sorted(len(encoding.encode(row["solution"])) + 1 for row in files["middle"])
+    assert lengths[int(0.9 * len(lengths))] >= 6 * 16  # the longest tenth; a short horizon is 16
 
 
 def test_tokenizer_and_export_agree():
     """tiktoken, the exported tokenizer.json and a decode round trip, on 3,000 random strings."""
     encoding, rng = toy.make_encoding(), random.Random(0)
-    tokenizers = [AutoTokenizer.from_pretrained(f"data/toy/{name}") for name in ("student", "teacher")]
-    pieces = ["\\boxed{", "\\boxed", "\\", "b", "{", "}", "é", "🙂", "\n", "\r\n", " ", "  ", "\t", "\u0300", "漢", "\x00",
-              "3", "+", "<|im_end|>", "<|", "<|user|>", "|>"]
+    tokenizers = [AutoTokenizer.from_pretrained(f"data/toy/{name}")
+                  for name in ("student", "teacher")]
+    pieces = ["\\boxed{", "\\boxed", "\\", "b", "{", "}", "é", "🙂", "\n", "\r\n", " ", "  ", "\t",
+              "\u0300", "漢", "\x00", "3", "+", "<|im_end|>", "<|", "<|user|>", "|>"]
+
+    def piece():
+        return rng.choice(pieces) if rng.random() < 0.8 else chr(rng.randrange(0xD800))
+
     for _ in range(3000):
-        text = "".join(rng.choice(pieces) if rng.random() < 0.8 else chr(rng.randrange(0xD800))
-                       for _ in range(rng.randrange(25)))
+        text = "".join(piece() for _ in range(rng.randrange(25)))
         ids = encoding.encode(text, allowed_special="all")
-        for tok in tokenizers:
-            assert tok.encode(text, add_special_tokens=False) == ids and tok.decode(ids) == text
-    assert encoding.n_vocab == 261 and utils.encode_prompt(tokenizers[0], "3+4?") == [258, 51, 43, 52, 63, 259]
+        for tokenizer in tokenizers:
+            assert tokenizer.encode(text, add_special_tokens=False) == ids
+            assert tokenizer.decode(ids) == text
+    assert encoding.n_vocab == 261
+    assert encode_prompt(tokenizers[0], "3+4?") == [258, 51, 43, 52, 63, 259]
 
 
 def test_toy_checkpoints(student, teacher, tokenizer):
-    """Ordinary Qwen3 folders: small, padded to different sizes, two stop ids, at most a third, 2 MB together."""
+    """Ordinary Qwen3 folders: small, padded to different sizes, two stop ids, 2 MB together."""
     assert type(student).__name__ == type(teacher).__name__ == "Qwen3ForCausalLM"
-    sizes = [len(m.get_output_embeddings().weight) for m in (student, teacher)]
-    assert sizes == [272, 288] and len(tokenizer) == 261
+    assert [len(lm_head(model)) for model in (student, teacher)] == [272, 288]
+    assert len(tokenizer) == 261
     assert 3 * student.num_parameters() <= teacher.num_parameters()
-    assert utils.stop_ids(student.generation_config, tokenizer) == [257]
-    assert utils.stop_ids(teacher.generation_config, tokenizer) == [260]
-    assert all(m.config.head_dim == 32 and m.config.max_position_embeddings >= 2048 for m in (student, teacher))
+    assert stop_ids(student.generation_config, tokenizer) == [257]
+    assert stop_ids(teacher.generation_config, tokenizer) == [260]
+    for model in (student, teacher):
+        assert model.config.head_dim == 32 and model.config.max_position_embeddings >= 2048
     assert sum(p.stat().st_size for p in Path("data/toy").glob("*/model.safetensors")) <= 2e6
-    utils.check_tokenizers(tokenizer, utils.load_tokenizer("data/toy/teacher"), "a", "b")
+    check_tokenizers(tokenizer, load_tokenizer("data/toy/teacher"), "a", "b")
 
 
 def test_toy_models_are_as_good_as_they_should_be(student, teacher, tokenizer):
     """Middle set at T = 1: the student has room to grow, the teacher has little."""
-    problems = utils.load_problems("data/toy/middle.jsonl")[:96]
-    encoded = [utils.encode_prompt(tokenizer, p["problem"]) for p in problems]
-    sampling = Sampling(256, (257, 260), vocab_size=272)
-    scores = [grade.evaluate(HFEngine(m), m, tokenizer, problems, encoded, sampling, 4, 0, 8192)[0]
-              for m in (student, teacher)]
-    assert 0.2 <= scores[0]["avg_at_k"] <= 0.5 and scores[1]["avg_at_k"] >= 0.95
-    assert 0.8 < scores[0]["stop_reasons"]["<|endoftext|>"] < 0.97       # a tenth ends as a chat
-    assert scores[1]["stop_reasons"]["<|im_end|>"] > 0.9
-    assert scores[0]["entropy"] > scores[1]["entropy"] and scores[1]["tokens_after_box"] == pytest.approx(3, abs=0.2)
+    problems = load_problems("data/toy/middle.jsonl")[:96]
+    prompts = [encode_prompt(tokenizer, problem["problem"]) for problem in problems]
+
+    def measure(model):
+        engine = HFEngine(model, vocab_size=272, max_tokens=8192)
+        sampling = Sampling(256, (257, 260))
+        return evaluate(engine, tokenizer, problems, prompts, sampling, samples=4, seed=0)[0]
+
+    ours, theirs = measure(student), measure(teacher)
+    assert 0.2 <= ours["avg_at_k"] <= 0.5 and theirs["avg_at_k"] >= 0.95
+    assert 0.8 < ours["stop_reasons"]["<|endoftext|>"] < 0.97  # a tenth ends as a chat
+    assert theirs["stop_reasons"]["<|im_end|>"] > 0.9
+    assert ours["entropy"] > theirs["entropy"]
+    assert theirs["tokens_after_box"] == pytest.approx(3, abs=0.2)
 
 
 def test_recipe_still_learns():
-    """On two-digit sums: the loss falls to the entropy of the data (order of two digits, passes), not just to unigrams."""
-    spec = dict(toy.SPECS["student"], steps=120)
-    _, loss = toy.pretrain(spec, batch_size=32, digits=(2,), learning_rate=4e-3)
+    """
+    On two-digit sums the loss falls to the entropy of the data (order of two digits, passes), not
+    just to that of single characters.
+    """
+    recipe = dict(toy.SPECS["student"], steps=120)
+    _, loss = toy.pretrain(recipe, batch_size=32, digits=(2,), learning_rate=4e-3)
     assert loss < 0.6
 
 
-# --------------------------------------------------------------------------------------------- prompts, grading, small things
+# --------------------------------------------------------------------- prompts and small things
 
 def test_reads_gsm8k(tmp_path):
-    path = tmp_path / "g.jsonl"
-    path.write_text(json.dumps({"question": "How many?", "answer": "6*7=<<6*7=42>>42\n#### 1,042"}) + "\n\n"
-                    + json.dumps({"problem": "x?", "answer": 27.0}) + "\n")
-    rows = utils.load_problems(path)
-    assert rows[0] == {"problem": "How many?", "answer": "1,042", "solution": "6*7=<<6*7=42>>42\n#### 1,042"}
-    assert rows[1]["answer"] == "27.0" and len(rows) == 2
-    assert grade.grade("so it is #### 1042", rows[0]["answer"])[0] and grade.grade("\\boxed{27}", rows[1]["answer"])[0]
+    path, worked = tmp_path / "g.jsonl", "6*7=<<6*7=42>>42\n#### 1,042"
+    rows = [{"question": "How many?", "answer": worked}, {"problem": "x?", "answer": 27.0}]
+    path.write_text("\n\n".join(map(json.dumps, rows)) + "\n")
+    first, second = load_problems(path)
+    assert first == {"problem": "How many?", "answer": "1,042", "solution": worked}
+    assert second == {"problem": "x?", "answer": "27.0", "solution": None}
+    assert grade("so it is #### 1042", first["answer"])[0]
+    assert grade("\\boxed{27}", second["answer"])[0]
 
 
-def test_pass_at_k():
+@pytest.mark.parametrize("n, correct", [(5, 2), (6, 0), (4, 4), (8, 1)])
+def test_pass_at_k(n, correct):
     """Against enumeration of all k-subsets."""
-    import itertools
-    for n, c in [(5, 2), (6, 0), (4, 4), (8, 1)]:
-        for k in range(1, n + 1):
-            subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
-            assert grade.pass_at_k(n, c, k) == pytest.approx(sum(any(s) for s in subsets) / len(subsets))
-    with pytest.raises(ValueError, match="k=9: Pass@k needs 1 <= k <= n=8"):
-        grade.pass_at_k(8, 3, 9)
+    verdicts = [True] * correct + [False] * (n - correct)
+    for k in range(1, n + 1):
+        passed = [any(subset) for subset in itertools.combinations(verdicts, k)]
+        assert pass_at_k(n, correct, k) == pytest.approx(sum(passed) / len(passed))
+    with pytest.raises(ValueError, match=f"k={n + 1}: Pass@k needs 1 <= k <= n={n}"):
+        pass_at_k(n, correct, n + 1)
 
 
 def test_tokens_after_box(tokenizer):
     ids = tokenizer.encode("1+2=3;\\boxed{3}<|im_end|>zz", add_special_tokens=False)
-    assert grade.tokens_after_box(tokenizer, ids) == 5 and grade.tokens_after_box(tokenizer, ids[:4]) is None
+    assert tokens_after_box(tokenizer, ids) == 5
+    assert tokens_after_box(tokenizer, ids[:4]) is None
 
 
 def test_prompt_order():
     """Every epoch is a permutation, and any window can be had without the ones before it."""
-    stream = utils.prompt_order(7, 0, 21, seed=3)
-    assert all(sorted(stream[i:i + 7]) == list(range(7)) for i in (0, 7, 14)) and stream[:7] != stream[7:14]
-    assert utils.prompt_order(7, 5, 9, seed=3) == stream[5:14] and utils.prompt_order(7, 0, 21, seed=4) != stream
-
-
-def test_stages_import_only_utils_and_kernels():
-    ours = {p.stem for p in Path(".").glob("*.py")} | {"configs", "data", "tests", "kernels"}
-    for path in Path(".").glob("*.py"):
-        imported = {(node.module if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0]
-                    for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
-                    for alias in node.names}
-        allowed = {"plot", "configs"} if path.name == "cells.py" else {"utils", "kernels", "engine", "grade", "trajectories"}         # it only starts stages
-        assert imported & ours <= allowed, path
-
-
-@pytest.mark.parametrize("path, budget", [("utils.py", 1460), ("train_distill.py", 505), ("sample.py", 380),
-                                          ("eval_math.py", 380), ("rl_grpo.py", 380), ("kernels/linear_kl.py", 250)])
-def test_line_budgets(path, budget):
-    assert sum(bool(line.strip()) for line in Path(path).read_text().splitlines()) <= budget
+    stream = prompt_order(7, 0, 21, seed=3)
+    epochs = stream[:7], stream[7:14], stream[14:]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert prompt_order(7, 5, 9, seed=3) == stream[5:14]
+    assert prompt_order(7, 0, 21, seed=4) != stream
