@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,7 +40,7 @@ utils.run(main, "", train_distill.Config)
 """
 TEN = ["--max_steps=10", "--batch_size=8", "--max_new_tokens=48", "--eval_every=0",
        "--save_every=1000", "--warmup_steps=2", "--max_tokens_per_microbatch=100",
-       "--max_grad_norm=0.2"]
+       "--max_grad_norm=0.2", "--collective_timeout=100"]
 CELLS = ["toy_sft", "toy_offline", "toy_dagger", "toy_opd"]
 
 
@@ -301,13 +300,8 @@ def test_a_folder_that_is_not_shared(tmp_path):
     assert "error: rank 1: " in own and "run/step_000001/train_state.json" in own, own
 
 
-def test_a_folder_that_is_gone(tmp_path, student, tokenizer):
-    out = tmp_path / "run"
+def test_a_folder_that_is_gone(tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
     with pytest.raises(utils.UserError, match="cannot write .*: its folder has been removed; "):
-        utils.write_lines(out / "metrics.jsonl", [])
-    cfg = train_distill.Config(out_dir=str(out))
-    state = {"step": 1, "best_step": 0, "rung_began": 0}
-    optimizer = SimpleNamespace(state={})
-    with pytest.raises(utils.UserError, match="cannot save .*: its folder has been removed; "):
-        utils.save_checkpoint(cfg, student, tokenizer, optimizer, state)
-    assert not out.exists()
+        utils.write_lines(path, [])
+    assert not path.parent.exists()

@@ -270,12 +270,10 @@ def test_bf16_starts_at_the_reference(rl):
 
 
 def test_metrics(rl):
-    """Lengths, entropy and spread of a step; FLOPs: sampling, the reference, 3 an update."""
+    """Lengths and entropy of a step; FLOPs: sampling, the reference, 3 forwards an update."""
     (row,), _ = rl("--max_steps=1", "--updates_per_batch=2", "--learning_rate=0")
     assert row["tokens"] == row["mean_length"] * 16 and row["max_length"] <= 60
     assert abs(row["kl_to_reference"]) < 1e-7 and 0.1 < row["student_entropy"] < 0.5
-    mean = row["reward_mean"]
-    assert row["reward_std"] == pytest.approx(math.sqrt(mean * (1 - mean)))
     (once,), _ = rl("--max_steps=1", "--learning_rate=0")
     assert row["tflops"] / once["tflops"] == pytest.approx(8 / 5)  # G + F + 2 x 3F, G + F + 3F
     assert row["loss"] == pytest.approx(once["loss"]) and row["learning_rate"] == 0
@@ -402,8 +400,7 @@ def test_more_processes_than_responses():
 def test_prompts_without_answers(rl, tmp_path):
     path = tmp_path / "p.jsonl"
     utils.write_lines(path, [{"problem": "1+2?", "answer": "3"}, {"problem": "2+2?"}])
-    message = "p.jsonl: problem 2 has no answer, .* remove it .1 of 2 have none"
-    with pytest.raises(utils.UserError, match=message):
+    with pytest.raises(utils.UserError, match="p.jsonl: problem 2 has no answer, .* remove it"):
         rl(f"--prompts={path}")
 
 
@@ -422,7 +419,7 @@ def test_a_student_with_another_models_tokenizer(rl, tmp_path):
 
 def test_what_a_run_cannot_resume(rl, train, tmp_path):
     _, out = train("configs/toy_opd.py", "--max_steps=1")
-    with pytest.raises(utils.UserError, match="script='train_distill', not 'rl_grpo'; .*--student="):
+    with pytest.raises(utils.UserError, match="script='train_distill', not 'rl_grpo'; .*--stu"):
         rl("--resume", out=out)
     moved = tmp_path / "moved"
     shutil.copytree("data/toy/student", moved)

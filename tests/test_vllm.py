@@ -263,6 +263,7 @@ def test_sleeping(engine, prompts, monkeypatch):
 
 def test_an_engine_that_fails(engine, model, prompts, monkeypatch):
     """One line; so is a cache that is too small for a response."""
+    engine.generate(prompts[:1], Sampling(2, STOPS), [0])
     def fail():
         raise RuntimeError("the engine core is dead\nand more")
 
