@@ -639,8 +639,8 @@ def log_step(cfg, columns, row, header):
     if RANK == 0:
         write_lines(f"{cfg.out_dir}/metrics.jsonl", [row])
     if header:
-        print0("".join(f"{name:>8}" for name in columns))
-    print0("".join(f"{row[key] or 0:>8.3g}" for key in columns.values()))
+        print0(" ".join(f"{name:>7}" for name in columns))
+    print0(" ".join(f"{row[key] or 0:>7.3g}" for key in columns.values()))
 
 
 class Timer(dict):

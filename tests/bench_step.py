@@ -30,6 +30,7 @@ import sample  # noqa: E402  (needs the repository on the path)
 import train_distill  # noqa: E402
 import utils  # noqa: E402
 from data import toy  # noqa: E402
+from data.problems import load_problems
 from engine import HFEngine, Sampling, forward_flops  # noqa: E402
 
 PROMPTS, NEW_TOKENS = 64, 96
@@ -86,7 +87,7 @@ def trl_steps(student, teacher, folder):
 
     model = utils.load_model(student, torch.float32)
     model.generation_config.eos_token_id = list(STOPS)
-    problems = utils.load_problems("data/toy/train.jsonl")[:PROMPTS * (WARMUP + STEPS + 1)]
+    problems = load_problems("data/toy/train.jsonl")[:PROMPTS * (WARMUP + STEPS + 1)]
     prompts = Dataset.from_list([
         {"prompt": [{"role": "user", "content": problem["problem"]}]} for problem in problems])
     args = DistillationConfig(
@@ -107,7 +108,7 @@ def decoding(student):
     """Median seconds for 64 responses by our decode loop, and by model.generate."""
     model = utils.load_model(student, torch.float32)
     tokenizer = utils.load_tokenizer(student)
-    problems = utils.load_problems("data/toy/train.jsonl")[:PROMPTS]
+    problems = load_problems("data/toy/train.jsonl")[:PROMPTS]
     prompts = [utils.encode_prompt(tokenizer, problem["problem"]) for problem in problems]
     engine = HFEngine(model, vocab_size=272)
     sampling = Sampling(NEW_TOKENS, STOPS)

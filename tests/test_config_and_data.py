@@ -17,7 +17,9 @@ import eval_math
 import rl_grpo
 import sample
 import train_distill
+import utils
 from data import toy
+from data.problems import load_problems
 from engine import HFEngine, Sampling, forward_flops
 from grade import evaluate, grade, pass_at_k, tokens_after_box
 from utils import (
@@ -25,12 +27,11 @@ from utils import (
     check_head,
     check_ranges,
     check_tokenizers,
+    deal,
     encode_prompt,
     lm_head,
     load_config,
-    load_problems,
     load_tokenizer,
-    prompt_order,
     stop_ids,
 )
 
@@ -291,7 +292,8 @@ def test_toy_models_are_as_good_as_they_should_be(student, teacher, tokenizer):
     def measure(model):
         engine = HFEngine(model, vocab_size=272, max_tokens=8192)
         sampling = Sampling(256, (257, 260))
-        return evaluate(engine, tokenizer, problems, prompts, sampling, samples=4, seed=0)[0]
+        held_out = list(zip(problems, prompts))
+        return evaluate(engine, tokenizer, held_out, sampling, samples=4, seed=0)[0]
 
     ours, theirs = measure(student), measure(teacher)
     assert 0.2 <= ours["avg_at_k"] <= 0.5 and theirs["avg_at_k"] >= 0.95
@@ -341,11 +343,22 @@ def test_tokens_after_box(tokenizer):
     assert tokens_after_box(tokenizer, ids[:4]) is None
 
 
-def test_prompt_order():
-    """Every epoch is a permutation, and any window can be had without the ones before it."""
-    stream = prompt_order(7, 0, 21, seed=3)
-    epochs = stream[:7], stream[7:14], stream[14:]
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
-    assert epochs[0] != epochs[1]
-    assert prompt_order(7, 5, 9, seed=3) == stream[5:14]
-    assert prompt_order(7, 0, 21, seed=4) != stream
+def test_deal(monkeypatch):
+    """Every epoch is a permutation; a step needs none before it; ranks share its places."""
+    def indices(step, size, seed=3):
+        return [index for _, index, _ in deal(7, step, size, seed)]
+
+    stream = indices(0, 21)
+    assert all(sorted(stream[i:i + 7]) == list(range(7)) for i in (0, 7, 14))
+    assert stream[:7] != stream[7:14] and indices(0, 21, seed=4) != stream
+    assert [i for step in range(7) for i in indices(step, 3)] == stream
+    whole = deal(7, 2, 3, seed=3, group=4)
+    assert [place for place, _, _ in whole] == list(range(12))
+    assert [index for _, index, _ in whole] == [i for i in indices(2, 3) for _ in range(4)]
+    assert len({seed for _, _, seed in whole}) == 12
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr(utils, "RANK", rank)
+        monkeypatch.setattr(utils, "WORLD", 2)
+        parts += deal(7, 2, 3, seed=3, group=4)
+    assert sorted(parts) == whole

@@ -13,6 +13,7 @@ from conftest import STOPS, same, saved, steps_of, without_times
 import grade
 import sample
 import train_distill
+from data.problems import load_problems
 from engine import HFEngine, Sampling
 from train_distill import gate
 from utils import (
@@ -20,7 +21,6 @@ from utils import (
     derive_seed,
     encode_prompt,
     load_model,
-    load_problems,
     load_tokenizer,
     open_run,
     read_lines,

@@ -15,6 +15,7 @@ import pytest
 import grade
 import utils
 from data import benchmarks
+from data.problems import load_problems
 
 # (answer in the box, gold answer, equal?, what is special about it). math-verify alone is right
 # about these, ...
@@ -257,7 +258,7 @@ def test_gold_answers(name, tmp_path):
     """
     if benchmarks.make(name, GOLD, tmp_path) is None:
         pytest.skip(f"no {name} in {GOLD}")
-    golds = [row["answer"] for row in utils.load_problems(tmp_path / f"{name}.jsonl")]
+    golds = [row["answer"] for row in load_problems(tmp_path / f"{name}.jsonl")]
     for form in FORMS:
         assert mistakes([(form % gold, gold) for gold in golds], [True] * len(golds)) == []
     for shift in (1, 7):

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 import grade
 import rl_grpo
 import utils
+from data.problems import load_problems
 from engine import HFEngine, Sampling
 
 SHORT = ["--prompts_per_step=4", "--group_size=4", "--max_new_tokens=60", "--eval_every=0",
@@ -182,8 +183,8 @@ def test_one_step_is_reinforce_with_a_group_baseline(
     (row,), _ = rl("--max_steps=1", *options)
     cfg, _ = utils.load_config(rl_grpo.Config, ["configs/toy_grpo.py", *SHORT, *options])
 
-    problems = utils.load_problems(cfg.prompts)
-    order = utils.prompt_order(len(problems), 0, 4, cfg.seed)
+    problems = load_problems(cfg.prompts)
+    order = [i for _, i, _ in utils.deal(len(problems), 0, 4, cfg.seed)]
     asked = [problems[i] for i in order for _ in range(4)]
     prompts = [utils.encode_prompt(tokenizer, p["problem"]) for p in asked]
     seeds = [utils.derive_seed(cfg.seed, "train", 0, place) for place in range(16)]

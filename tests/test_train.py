@@ -19,15 +19,15 @@ from torch.utils.checkpoint import checkpoint as run_again_in_backward
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_distill
+from data.problems import load_problems
 from engine import HFEngine, Sampling
 from kernels import linear_kl
 from utils import (
     UserError,
+    deal,
     encode_prompt,
     lm_head,
     load_model,
-    load_problems,
-    prompt_order,
     read_lines,
     response_hidden,
     write_lines,
@@ -108,7 +108,7 @@ def test_hard_labels(train, student, tokenizer):
     rows, _ = train("configs/toy_hard_sft.py", "--max_steps=1", "--max_new_tokens=200",
                     "--trajectories=None")
     problems, parts = load_problems("data/toy/train.jsonl"), []
-    for i in prompt_order(3000, 0, 8, seed=42):
+    for _, i, _ in deal(3000, 0, 8, seed=42):
         prompt = encode_prompt(tokenizer, problems[i]["problem"])
         solution = tokenizer.encode(problems[i]["solution"], add_special_tokens=False)
         parts.append(response_logps(student, prompt, [*solution, STOPS[0]]))
