@@ -148,25 +148,23 @@ def test_four_cells_on_two_processes(tmp_path, trajectories):
 
 def test_four_processes_and_resume(tmp_path):
     """
-    Four are one, whole and sharded, with evaluations; and 2 -> 1 -> 4 processes, 3 steps each, are
-    9 steps on one.
+    Nine steps, with evaluations, are the same on one process and on four, whole and sharded, and
+    where each three of them were made on another number of processes: 2, 1, 4.
     """
-    ten = [*options("toy_opd"), "--eval_every=5", "--eval_prompts=3", "--eval_samples=1",
-           "--eval_max_new_tokens=16"]
-    nine = [*options("toy_opd"), "--max_steps=9"]
-    parts = {"parts": [*nine, "--fsdp=True", f"--out_dir={tmp_path}/parts"],
-             "parts_whole": [*nine, f"--out_dir={tmp_path}/parts_whole"]}
-    launch(2, [[*argv, "--max_steps=3"] for argv in parts.values()], tmp_path)
-    for argv in parts.values():
-        train_distill.main([*argv, "--fsdp=False", "--max_steps=6", "--resume"])
-    fours = [[*ten, f"--fsdp={fsdp}", f"--out_dir={tmp_path}/{fsdp}"] for fsdp in (False, True)]
-    launch(4, [*fours, *([*argv, "--resume"] for argv in parts.values())], tmp_path)
-    train_distill.main([*ten, f"--out_dir={tmp_path}/one"])
-    train_distill.main([*nine, f"--out_dir={tmp_path}/nine"])
+    nine = [*options("toy_opd"), "--max_steps=9", "--eval_every=3", "--eval_prompts=3",
+            "--eval_samples=1", "--eval_max_new_tokens=16"]
+    fours, parts = [], []
     for fsdp in (False, True):
-        assert_same(tmp_path / "one", tmp_path / str(fsdp))
-    for name in parts:
-        assert_same(tmp_path / "nine", tmp_path / name)
+        fours.append([*nine, f"--fsdp={fsdp}", f"--out_dir={tmp_path}/four_{fsdp}"])
+        parts.append([*nine, f"--fsdp={fsdp}", f"--out_dir={tmp_path}/parts_{fsdp}"])
+    launch(2, [[*argv, "--max_steps=3"] for argv in parts], tmp_path)
+    for argv in parts:
+        train_distill.main([*argv, "--max_steps=6", "--resume"])
+    launch(4, [*fours, *([*argv, "--resume"] for argv in parts)], tmp_path)
+    train_distill.main([*nine, f"--out_dir={tmp_path}/one"])
+    for name in ("four", "parts"):
+        for fsdp in (False, True):
+            assert_same(tmp_path / "one", tmp_path / f"{name}_{fsdp}")
 
 
 @pytest.mark.slow
