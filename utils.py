@@ -514,6 +514,7 @@ def start_run(cfg, inputs, identity, **own):
     `looked` is the last step at which the run has evaluated, `own` is what only this script keeps.
     """
     path, step = Path(cfg.out_dir), -1
+    need(not cfg.resume or not cfg.overwrite, cfg, "overwrite", "give --resume or this, not both")
     if RANK == 0:
         if path.is_file() or path.is_dir() and any(path.iterdir()):
             need(
@@ -524,11 +525,10 @@ def start_run(cfg, inputs, identity, **own):
                 "another name",
             )
             need(
-                cfg.resume != cfg.overwrite,
+                cfg.resume or cfg.overwrite,
                 cfg,
                 "out_dir",
-                "exists: give either --resume, which goes on with that run, or --overwrite, "
-                "which deletes it",
+                "exists: --resume goes on with that run, --overwrite deletes it",
             )
         for name in filter(None, inputs if cfg.overwrite else ()):
             need(
@@ -664,6 +664,7 @@ class Timer(dict):
 # ------------------------------------------------------------------------------------- checkpoints
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_STEPS = "step_[0-9][0-9][0-9][0-9][0-9][0-9]"  # and no folder of the user's own
 
 
 def save_checkpoint(cfg, model, tokenizer, optimizer, state):
@@ -692,7 +693,7 @@ def save_checkpoint(cfg, model, tokenizer, optimizer, state):
         for link, target in links.items():
             path.with_name(link).unlink(missing_ok=True)
             path.with_name(link).symlink_to(target)
-        for older in sorted(path.parent.glob("step_*"))[: -cfg.keep]:
+        for older in sorted(path.parent.glob(_STEPS))[: -cfg.keep]:
             if older.name not in links.values():
                 shutil.rmtree(older, ignore_errors=True)  # somebody may be reading it
     barrier()  # the others must not take the wait for a hang of something else
@@ -706,9 +707,10 @@ def _write_checkpoint(path, model, tokenizer, weights, moments, state):
         tokenizer.save_pretrained(temporary)
         torch.save(moments, temporary / "optimizer.pt")
         (temporary / "train_state.json").write_text(json.dumps(state, indent=1))
-        for name in temporary.iterdir():
-            with open(name) as file:
-                os.fsync(file.fileno())  # a full disk may say so only now
+        for name in temporary.rglob("*"):
+            if name.is_file():
+                with open(name) as file:
+                    os.fsync(file)  # a full disk may say so only now
         shutil.rmtree(path, ignore_errors=True)  # of this run, which has gone on from there
         temporary.replace(path)
     except Exception as error:  # tokenizers and torch have errors of their own for a full disk
@@ -725,7 +727,7 @@ def newest_checkpoint(out_dir):
     are named, and passed over. UserError when none loads. Opening a file of tensors compares its
     length with what it says of itself, so one that was cut short is found without reading it.
     """
-    found = sorted(Path(out_dir).glob("step_*"), reverse=True)
+    found = sorted(Path(out_dir).glob(_STEPS), reverse=True)
     for path in found:
         try:
             json.loads((path / "train_state.json").read_text())

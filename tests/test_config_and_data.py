@@ -133,7 +133,7 @@ def test_every_config_loads(path):
 
 
 def test_batch_not_divisible():
-    message = "batch_size=30: must be a positive multiple of the 8 processes; try 24"
+    message = "batch_size=30: must be a multiple of the 8 processes; try 32"
     with pytest.raises(UserError, match=message):
         train_distill.validate(train_distill.Config(batch_size=30), 8)
 

@@ -164,15 +164,14 @@ def test_bf16_copy_follows_sync(student, prompts):
 # ----------------------------------------------------------------------------------------- engines
 
 @pytest.mark.parametrize("kind, device, version, chosen, printed", [
-    ("auto", "cpu", "0.32.0", "hf", "transformers (auto: on cpu, with vLLM 0.32.0)"),
-    ("auto", "cuda", None, "hf", "transformers (auto: on cuda, with vLLM None)"),
-    ("auto", "cuda", "0.31.9", "hf", "transformers (auto: on cuda, with vLLM 0.31.9)"),
-    ("auto", "cuda", "0.32.1", "vllm", "vLLM 0.32.1 (auto: on cuda, with vLLM 0.32.1)"),
+    ("auto", "cpu", "0.32.0", "hf", "transformers (auto, on cpu with vLLM 0.32.0)"),
+    ("auto", "cuda", "none", "hf", "transformers (auto, on cuda with vLLM none)"),
+    ("auto", "cuda", "0.31.9", "hf", "transformers (auto, on cuda with vLLM 0.31.9)"),
+    ("auto", "cuda", "0.32.1", "vllm", "vLLM 0.32.1 (auto, on cuda with vLLM 0.32.1)"),
     ("hf", "cuda", "0.32.1", "hf", "transformers"),
     ("vllm", "cpu", "0.32.1", "vllm", "vLLM 0.32.1")])
 def test_the_choice_is_printed(monkeypatch, capsys, kind, device, version, chosen, printed):
     monkeypatch.setattr(engines, "vllm_version", lambda: version)
-    monkeypatch.setattr(engines, "import_vllm", lambda: None)
     assert choose_engine(kind, torch.device(device)) == chosen
     assert capsys.readouterr().out == f"rollouts by {printed}\n"
 
@@ -180,7 +179,8 @@ def test_the_choice_is_printed(monkeypatch, capsys, kind, device, version, chose
 @pytest.mark.parametrize("dtype, given, limit", [
     (torch.float32, None, 1e-4), (torch.bfloat16, None, 0.05), (torch.bfloat16, 0.2, 0.2)])
 def test_settings_of_an_engine(student, dtype, given, limit):
-    cfg = SimpleNamespace(rollout_rows=4, max_tokens_per_microbatch=99, max_logprob_gap=given)
+    cfg = SimpleNamespace(rollout_rows=4, max_tokens_per_microbatch=99, max_logprob_gap=given,
+                          kv_cache_gb=1.0, rollout_timeout=9.0)
     engine = make_engine("hf", cfg, student, dtype, 272, 64)
     assert engine.max_logprob_gap == limit
     assert (engine.max_rows, engine.max_tokens, engine.vocab_size) == (4, 99, 272)
