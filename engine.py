@@ -215,13 +215,11 @@ class VLLMEngine(Engine):
     """
     The same by vLLM, in this process and on the device of the model. It is loaded when it is first
     used, without reading weights from disk: they are streamed in, at first and after each `sync`,
-    before the next rollouts. max_length: of a prompt and its response. sleeps: it gives a GPU's
-    memory back after each use. timeout: seconds without a finished response, after which the
-    process ends with a traceback, since nothing else can stop an engine that hangs.
+    before the next rollouts. `make_engine` sets max_length (of a prompt and its response), sleeps
+    (it gives a GPU's memory back after each use), kv_cache_gb and timeout (seconds without a
+    finished response, after which the process ends with a traceback, since nothing else can stop
+    an engine that hangs).
     """
-
-    max_length, sleeps = 4096, False
-    kv_cache_gb, timeout = 16.0, 600.0
 
     def prepare(self):
         self.llm, self.stale, self.asleep = None, True, False

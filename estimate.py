@@ -39,7 +39,7 @@ import train_distill
 from engine import attention_sizes, forward_flops
 from kernels.linear_kl import CHUNK_BYTES
 from trajectories import Trajectories
-from utils import UserError, first_line, load_config, run
+from utils import UserError, check_model_path, first_line, load_config, run
 
 PROMPT = 92                          # tokens of a prompt: the mean in the paper (appendix H.1)
 
@@ -63,6 +63,7 @@ def read_models(cfg):
     """The Models that a run loads. UserError where a config.json is missing."""
     def read(path):
         try:
+            check_model_path(path)
             return AutoConfig.from_pretrained(path)
         except (OSError, ValueError) as error:
             remedy = f"of {path} config.json is enough here, without weights"

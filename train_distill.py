@@ -438,8 +438,8 @@ def encode_data(cfg, models, trajectories, problems, held_out):
     usable = usable_prompts(cfg.prompts, problems, models.template, horizon, *limits)
     data.prompts = list(usable.values())
     if cfg.teacher is None:
-        end = models.tokenizer.eos_token_id
-        end = end if end in models.stops["own"] else models.stops["own"][0]
+        own, end = models.stops["own"], models.tokenizer.eos_token_id
+        end = end if end in own else own[0]
         data.responses = []
         for i, prompt in usable.items():
             solution = problems[i]["solution"]
@@ -572,6 +572,9 @@ def main(argv):
     open_run(cfg, origin, state)  # from here on files are written
     start_step, count = state["step"], len(data.responses or data.prompts)
     print0(f"{count} prompts, {world} process(es) on {device.type}, from step {start_step}")
+    climb = cfg.steps_per_horizon * (len(ladder(cfg)) - 1)
+    if 0 < climb >= cfg.max_steps:
+        print0(f"warning: max_steps={cfg.max_steps}: the last horizon opens after {climb} at best")
     catch_signals()
 
     for step in range(start_step, cfg.max_steps + 1):  # updates so far; the last only evaluates

@@ -350,7 +350,7 @@ def usable_prompts(path, problems, tokenizer, horizon, positions, vocab_size):
 
 def load_tokenizer(path):
     """The tokenizer of a local folder or hub name. Raises UserError when it is missing."""
-    _check_model_path(path, "tokenizer_config.json")
+    check_model_path(path, "tokenizer_config.json")
     with telling(f"cannot read a tokenizer in {path}"):
         return AutoTokenizer.from_pretrained(path)
 
@@ -375,7 +375,7 @@ def load_model(path, dtype, device="cpu", recompute=False):
     and runs again in the backward. UserError when it is missing or damaged, or when its logits are
     more than hidden states times the LM head, for the losses need no more.
     """
-    _check_model_path(path)
+    check_model_path(path)
     with telling(f"cannot load a model in {path}"):
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, output_loading_info=True
@@ -410,7 +410,7 @@ def lm_head(model):
     return model.get_output_embeddings().weight
 
 
-def _check_model_path(path, file="config.json"):
+def check_model_path(path, file="config.json"):
     folder = Path(path)
     is_hub_name = len(folder.parts) == 2 and not folder.parent.is_dir()
     if not is_hub_name and not (folder / file).is_file():

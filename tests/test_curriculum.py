@@ -153,7 +153,7 @@ def test_stop(train, capsys):
     options = (*LADDER, *CLOSES, "--eval_every=3", "--eval_prompts=2", "--eval_samples=1",
                "--eval_max_new_tokens=8", "--eval_teacher=False")
     rows, run = train(*options, "--max_steps=9", "--on_gate_closed=stop")
-    assert "done: the gate closed at horizon 12, on_gate_closed=stop" in capsys.readouterr().out
+    assert "done at step 4, horizon 12: " in capsys.readouterr().out
     assert horizons(rows) == [6, 6, 12, 12] and os.readlink(run / "last") == "step_000004"
     assert rows[-1]["step"] == 4 and "avg_at_k" in rows[-1]
 
@@ -219,17 +219,14 @@ def test_resume_is_exact(train, cut, options, capsys):
     assert without_times(rows) == without_times(resumed)
     state = json.loads((run / "last" / "train_state.json").read_text())
     assert state["entropies"] == [row["entropy"] for row in gate_rows(rows)]
-    assert "when the checkpoint was written" not in capsys.readouterr().out  # no key was changed
 
 
-def test_changed_keys_do_not_rewrite_the_past(train, capsys):
+def test_changed_keys_do_not_rewrite_the_past(train):
     """A closed gate stays closed, and a held horizon held, whatever the keys say at a resume."""
     _, run = train(*LADDER, *CLOSES, "--max_steps=5")
     for changed in ("--entropy_floor=0.1", "--on_gate_closed=rollback", "--steps_per_horizon=1"):
         rows, _ = train(*LADDER, *CLOSES, "--max_steps=7", changed, "--resume", out=run)
     assert horizons(rows) == [6, 6, 12, 12, 12, 12, 12] and len(gates(rows)) == 2
-    warning = "warning: entropy_floor=0.1 now, 1.0 when the checkpoint was written"
-    assert warning in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("step, looked, kept", [(4, 3, 2), (4, 4, 4), (3, 3, 1), (0, -1, 0)])
@@ -325,5 +322,5 @@ def test_broken_weights_stop_the_run(train, monkeypatch):
 
 def test_too_few_steps_for_the_ladder(train, capsys):
     train(*LADDER, "--max_steps=4")
-    warning = "max_steps=4: horizon 24 opens after 4 steps at the earliest"
+    warning = "max_steps=4: the last horizon opens after 4 at best"
     assert warning in capsys.readouterr().out

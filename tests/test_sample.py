@@ -84,7 +84,7 @@ def test_reader(shards, teacher, rollouts):
         assert response.hidden.dtype == torch.float32
         assert (response.hidden - exact).abs().max() < 1e-4
     without = Trajectories(shards, want_hidden=False)
-    assert without[3] == data[3]._replace(hidden=None) and data.cached and not without.cached
+    assert without[3] == data[3]._replace(hidden=()) and data.cached and not without.cached
 
 
 def test_files(shards, teacher, tokenizer, rollouts):
@@ -411,7 +411,7 @@ def test_sampling_mistakes(shards, option, message):
 
 
 def test_prompts_over_the_context(tmp_path):
-    with pytest.raises(utils.UserError, match="no usable prompt: 5000 new tokens"):
+    with pytest.raises(utils.UserError, match="no usable prompt: .* with 5000 new tokens"):
         make(tmp_path / "none", "--max_new_tokens=5000")
 
 
