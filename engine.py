@@ -365,10 +365,11 @@ def make_engine(kind, cfg, model, dtype, vocab_size, max_length, sleeps=True):
     engine = make(model, dtype, vocab_size, cfg.rollout_rows, cfg.max_tokens_per_microbatch)
     engine.max_length = min(max_length, model.config.max_position_embeddings)
     engine.kv_cache_gb, engine.timeout = cfg.kv_cache_gb, cfg.rollout_timeout
-    engine.sleeps = sleeps and model.device.type == "cuda"
-    rounding = 1e-4 if model.device.type == "cpu" else 1e-2
-    rounding = 0.05 if dtype == torch.bfloat16 else rounding
-    engine.max_logprob_gap = cfg.max_logprob_gap or rounding
+    on_gpu = model.device.type == "cuda"
+    engine.sleeps = sleeps and on_gpu
+    fp32 = 1e-2 if on_gpu else 1e-4
+    limit = 0.05 if dtype == torch.bfloat16 else fp32
+    engine.max_logprob_gap = cfg.max_logprob_gap or limit
     return engine
 
 

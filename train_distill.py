@@ -562,7 +562,8 @@ def main(argv):
     data = encode_data(cfg, models, trajectories, problems, held_out)
     engines = make_engines(cfg, models, data, device)
 
-    student, parameters = models.student, list(models.student.parameters())
+    student = models.student
+    parameters = list(student.parameters())
     optimizer = torch.optim.AdamW(
         parameters, lr=cfg.learning_rate, fused=True, weight_decay=cfg.weight_decay
     )

@@ -619,13 +619,14 @@ def log_evaluation(cfg, state, name, metrics, records):
         row = {"step": step, "model": name, **metrics}
         write_lines(f"{cfg.out_dir}/metrics.jsonl", [row])
         write_lines(f"{cfg.out_dir}/samples_{name}_{step:06d}.jsonl", records, mode="w")
-    scores = metrics["avg_at_k"] or 0, metrics["pass_at_k"] or 0  # None without a verdict
+    # A score is None where nothing has a verdict.
     print0(
-        f"eval {step:>4} {name:<8} Avg@{metrics['k']} {scores[0]:.3f}  Pass@{metrics['k']} "
-        f"{scores[1]:.3f}  length {metrics['length']:.0f}  entropy {metrics['entropy']:.3f}  "
+        f"eval {step:>4} {name:<8} Avg@{metrics['k']} {score or 0:.3f}  Pass@{metrics['k']} "
+        f"{metrics['pass_at_k'] or 0:.3f}  length {metrics['length']:.0f}  entropy {metrics['entropy']:.3f}  "
         f"cut {metrics['truncated']:.0%}"
     )
-    is_best = name == "student" and step > 0 and (score or 0) > state["best"]
+    is_better = score is not None and score > state["best"]
+    is_best = is_better and name == "student" and step > 0
     if is_best:
         state.update(best=score, best_step=step)
     return is_best
