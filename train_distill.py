@@ -37,6 +37,7 @@ from grade import evaluate
 from kernels import linear_kl, linear_logp
 from trajectories import Response, Trajectories, load_head
 from utils import (
+    WORLD,
     Timer,
     UserError,
     all_reduce,
@@ -362,12 +363,12 @@ class Models:
 def load_models(cfg, trajectories, device):
     """Both models and their tokenizers, checked against each other, sharded with cfg.fsdp."""
     tokenizer = template = load_tokenizer(cfg.student)
-    writer = trajectories.folder / "tokenizer" if trajectories else cfg.teacher
-    if writer:
-        template = load_tokenizer(writer)
-        check_tokenizers(tokenizer, template, "the student", "the teacher")
-        tokenizer.chat_template = template.chat_template
-    dtype, sharded = getattr(torch, cfg.dtype), cfg.fsdp and dist.is_initialized()
+    for path in (cfg.teacher, trajectories and trajectories.folder / "tokenizer"):
+        if path:
+            template = load_tokenizer(path)
+            check_tokenizers(tokenizer, template, "the student", "the teacher")
+            tokenizer.chat_template = template.chat_template
+    dtype, sharded = getattr(torch, cfg.dtype), cfg.fsdp and WORLD > 1
     host = "cpu" if sharded else device  # sharding moves a layer at a time
     student = load_model(cfg.student, torch.float32, host, cfg.gradient_checkpointing)
     models, heads, teacher, head_p = [student], [lm_head(student)], None, None

@@ -622,8 +622,8 @@ def log_evaluation(cfg, state, name, metrics, records):
     # A score is None where nothing has a verdict.
     print0(
         f"eval {step:>4} {name:<8} Avg@{metrics['k']} {score or 0:.3f}  Pass@{metrics['k']} "
-        f"{metrics['pass_at_k'] or 0:.3f}  length {metrics['length']:.0f}  entropy {metrics['entropy']:.3f}  "
-        f"cut {metrics['truncated']:.0%}"
+        f"{metrics['pass_at_k'] or 0:.3f}  length {metrics['length']:.0f}  entropy "
+        f"{metrics['entropy']:.3f}  cut {metrics['truncated']:.0%}"
     )
     is_better = score is not None and score > state["best"]
     is_best = is_better and name == "student" and step > 0

@@ -44,9 +44,14 @@ def code_tokens(source):
             first = node.body[0]
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
                 docstring_lines.update(range(first.lineno, first.end_lineno + 1))
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return [token for token in tokens
-            if token.type not in LAYOUT and token.start[0] not in docstring_lines]
+    tokens, depth = [], 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        kind = tokenize.tok_name[token.type]  # Python 3.12 takes an f-string apart, 3.11 does not
+        depth += (kind == "FSTRING_START") - (kind == "FSTRING_END")
+        inside = depth > 0 or kind == "FSTRING_START"
+        if token.type not in LAYOUT and token.start[0] not in docstring_lines and not inside:
+            tokens.append(token)
+    return tokens
 
 
 def count(path):
