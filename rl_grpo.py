@@ -341,7 +341,7 @@ COLUMNS = dict(
     column.split("=")
     for column in """
     step=step loss=loss reward=reward_mean same=equal_groups H_q=student_entropy len=mean_length
-    cut=truncated_share clip=clip_fraction kl=kl_to_reference TFLOP=tflops""".split()
+    cut=truncated_share clip=clip_fraction kl=kl_to_reference sec=seconds""".split()
 )
 
 
@@ -503,7 +503,7 @@ def main(argv):
             "learning_rate": rate,
             **gaps,
             **timer,
-            "tokens_per_second": totals["tokens"] / (timer.now - timer.start),
+            "tokens_per_second": totals["tokens"] / timer["seconds"],
         }
         log_step(cfg, COLUMNS, row, header=step % 20 == 0 or step == start_step)
         if not totals["loss_tokens"]:

@@ -535,7 +535,7 @@ COLUMNS = dict(
     column.split("=")
     for column in """
     step=step loss=loss fwd=forward_kl rev=reverse_kl H_q=student_entropy len=mean_length
-    cut=truncated_share grad=grad_norm tok/s=tokens_per_second TFLOP=tflops""".split()
+    cut=truncated_share grad=grad_norm tok/s=tokens_per_second sec=seconds""".split()
 )
 
 
@@ -659,7 +659,7 @@ def main(argv):
             "learning_rate": rate,
             **gaps,
             **timer,
-            "tokens_per_second": totals["tokens"] / (timer.now - timer.start),
+            "tokens_per_second": totals["tokens"] / timer["seconds"],
         }
         log_step(cfg, COLUMNS, row, header=step % 20 == 0 or step == start_step)
 

@@ -646,8 +646,8 @@ def log_step(cfg, columns, row, header):
 
 class Timer(dict):
     """
-    Seconds between laps, summed by name, ready for the log, and on a GPU the peak of this rank's
-    memory so far, GB. There a lap waits for the device, so that they mean something.
+    Seconds between laps, summed by name and in all, ready for the log, and on a GPU the peak of
+    this rank's memory so far, GB. There a lap waits for the device, so that they mean something.
     """
 
     def __init__(self, device):
@@ -660,6 +660,7 @@ class Timer(dict):
             self["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         last, self.now = self.now, time.perf_counter()
         self[f"{name}_seconds"] = self.get(f"{name}_seconds", 0.0) + self.now - last
+        self["seconds"] = self.now - self.start
 
 
 # ------------------------------------------------------------------------------------- checkpoints
