@@ -614,19 +614,17 @@ def log_evaluation(cfg, state, name, metrics, records):
     What `evaluate` returned, to metrics.jsonl, samples_NAME_STEP.jsonl and the terminal. Whether
     it is the student's best so far, which the state then remembers; the start does not count.
     """
-    step, score = state["step"], metrics["avg_at_k"]
+    step, score, passed = state["step"], metrics["avg_at_k"], metrics["pass_at_k"]
     if RANK == 0:
         row = {"step": step, "model": name, **metrics}
         write_lines(f"{cfg.out_dir}/metrics.jsonl", [row])
         write_lines(f"{cfg.out_dir}/samples_{name}_{step:06d}.jsonl", records, mode="w")
-    # A score is None where nothing has a verdict.
     print0(
-        f"eval {step:>4} {name:<8} Avg@{metrics['k']} {score or 0:.3f}  Pass@{metrics['k']} "
-        f"{metrics['pass_at_k'] or 0:.3f}  length {metrics['length']:.0f}  entropy "
-        f"{metrics['entropy']:.3f}  cut {metrics['truncated']:.0%}"
+        f"eval {step:>4} {name:<8} Avg@{metrics['k']} {'-' if score is None else f'{score:.3f}'}  "
+        f"Pass@{metrics['k']} {'-' if passed is None else f'{passed:.3f}'}  length "
+        f"{metrics['length']:.0f}  entropy {metrics['entropy']:.3f}  cut {metrics['truncated']:.0%}"
     )
-    is_better = score is not None and score > state["best"]
-    is_best = is_better and name == "student" and step > 0
+    is_best = name == "student" and step > 0 and score is not None and score > state["best"]
     if is_best:
         state.update(best=score, best_step=step)
     return is_best
@@ -770,7 +768,7 @@ def run(main, doc, cls):
         main(sys.argv[1:])
         code = 0
     except (SystemExit, KeyboardInterrupt) as end:  # the latter outside of a training loop
-        code = getattr(end, "code", 128 + signal.SIGINT)
+        code = getattr(end, "code", 130)
     except (UserError, OSError) as error:
         print(f"error: {f'rank {RANK}: ' if WORLD > 1 else ''}{error}", file=sys.stderr)
     except Exception:  # a bug; the other processes must not wait for this one
