@@ -223,10 +223,10 @@ def print0(*args):
         print(*args, flush=True)
 
 
-_ALONE = telling("another process has ended, or is silent for longer than a rank waits")
+_collective = telling("another process has ended, or is silent for longer than a rank waits")
 
 
-@_ALONE
+@_collective
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
     """In place over all ranks; alone, the tensor as it is."""
     if WORLD > 1:
