@@ -466,8 +466,8 @@ def main(argv):
         timer.lap("reward")
 
         # 3. - 4. loss and gradient of the whole batch, one sum over ranks, clip, step; repeated
-        sums = torch.zeros(5, device=device)  # loss; over tokens: H(q), k3, clipped, c
-        extremes = torch.tensor([-1.0, 1.0, 0.0], device=device)  # -r, r, |log q_old / q_sampler|
+        own_sums = torch.zeros(5, device=device)  # loss; over tokens: H(q), k3, clipped, c
+        most = torch.tensor([-1.0, 1.0, 0.0], device=device)  # -r, r, |log q_old / q_sampler|
         rate = cfg.learning_rate * min(1, (step + 1) / max(1, cfg.warmup_steps))
         grad_norm = 0.0
         for _ in range(cfg.updates_per_batch if totals["loss_tokens"] else 0):
@@ -479,14 +479,14 @@ def main(argv):
                 logps, entropy = logps_of(student, micro)
                 if micro.old_logps is None:
                     micro.old_logps = logps.detach()
-                loss, stats, most = micro_loss(cfg, micro, logps)
+                loss, stats, peaks = micro_loss(cfg, micro, logps)
                 loss.backward()
-                sums += torch.stack([loss.detach(), entropy.sum(), *stats])
-                extremes = torch.maximum(extremes, most)
+                own_sums += torch.stack([loss.detach(), entropy.sum(), *stats])
+                most = torch.maximum(most, peaks)
                 timer.lap("student")
             norm = clip_gradients(parameters, cfg.max_grad_norm)
             grad_norm = max(grad_norm, norm)
-            stop_unless_finite(cfg, step + 1, sums[0].item(), norm)
+            stop_unless_finite(cfg, step + 1, own_sums[0].item(), norm)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
@@ -494,8 +494,8 @@ def main(argv):
             timer.lap("optimizer")
 
         # 5. log: means over the updates, the largest gradient norm
-        extremes = all_reduce(extremes, dist.ReduceOp.MAX).tolist()
-        sums = all_reduce(sums).tolist()
+        extremes = all_reduce(most, dist.ReduceOp.MAX).tolist()
+        sums = all_reduce(own_sums).tolist()
         row = metrics_row(cfg, state, rewards, cut, in_loss, totals, sums, extremes)
         row |= {
             "step": step + 1,

@@ -217,6 +217,7 @@ def prefixes(cfg, slots, horizon, data, models, engines, check):
             Response(prompt, tokens, reason == "stop")
             for prompt, (tokens, _, reason) in zip(prompts, rollouts)
         ]
+    # What is on disk may be longer than the horizon that is open.
     batch = [
         Response(
             r.prompt, r.tokens[:horizon], r.ended and len(r.tokens) <= horizon, r.hidden[:horizon]
@@ -598,7 +599,7 @@ def main(argv):
                     cfg.eval_temperature,
                     cfg.eval_top_p,
                 )
-                numbers, records = evaluate(
+                metrics, records = evaluate(
                     engines[name],
                     models.template,
                     data.held_out[: cfg.eval_prompts],
@@ -606,7 +607,7 @@ def main(argv):
                     cfg.eval_samples,
                     cfg.seed,
                 )
-                is_best = log_evaluation(cfg, state, name, numbers, records)
+                is_best = log_evaluation(cfg, state, name, metrics, records)
         state["looked"] = step
         if fresh and step > 0 and (gated or is_best or over or step % cfg.save_every == 0):
             save()
@@ -622,7 +623,7 @@ def main(argv):
         timer.lap("rollout")
 
         # 2. - 3. hidden states of both models at the response tokens, and the KL from them
-        sums = torch.zeros(5, device=device)  # the loss; over tokens: both KLs, H(q), H(p)
+        own_sums = torch.zeros(5, device=device)  # the loss; over tokens: both KLs, H(q), H(p)
         for micro in micros:
             weight = token_weights(cfg, micro, totals["tokens"]).to(device)  # (N,)
             if cfg.teacher:
@@ -635,11 +636,11 @@ def main(argv):
             else:
                 loss, *stats = hard_label_loss(h_q, W_q, micro, weight)
             loss.backward()
-            sums += torch.stack([loss.detach(), *(numbers.sum() for numbers in stats)])
+            own_sums += torch.stack([loss.detach(), *(per_token.sum() for per_token in stats)])
             timer.lap("student")
 
         # 4. update: one sum of the gradients over ranks, clip, step
-        sums, grad_norm = all_reduce(sums).tolist(), 0.0
+        sums, grad_norm = all_reduce(own_sums).tolist(), 0.0
         rate = cfg.learning_rate * min(1, (step + 1) / max(1, cfg.warmup_steps))
         if totals["tokens"]:  # else there is nothing to learn from in this step
             grad_norm = clip_gradients(parameters, cfg.max_grad_norm)
