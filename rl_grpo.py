@@ -420,15 +420,15 @@ def main(argv):
         end_on_signal(save, step)
         engine.sync()
 
-        # 0. evaluation, checkpoint; a resumed run has them behind it at its first step
-        fresh, over, is_best = step > state["looked"], step == cfg.max_steps, False
-        if fresh and cfg.eval_every and (over or step % cfg.eval_every == 0):
+        # 0. evaluation, checkpoint. A resumed run has done these already at its first step.
+        is_new, over, is_best = step > state["looked"], step == cfg.max_steps, False
+        if is_new and cfg.eval_every and (over or step % cfg.eval_every == 0):
             metrics, records = evaluate(
                 engine, tokenizer, held_out, eval_sampling, cfg.eval_samples, cfg.seed
             )
             is_best = log_evaluation(cfg, state, "student", metrics, records)
         state["looked"] = step
-        if fresh and step > 0 and (is_best or over or step % cfg.save_every == 0):
+        if is_new and step > 0 and (is_best or over or step % cfg.save_every == 0):
             save()
         if over:
             break

@@ -585,13 +585,13 @@ def main(argv):
         end_on_signal(save, step)
         engines["student"].sync()
 
-        # 0. gate, evaluation, checkpoint; a resumed run has them behind it at its first step
-        fresh, is_best = step > state["looked"], False
-        gated = fresh and gate_is_due(cfg, state)
-        if gated:
+        # 0. gate, evaluation, checkpoint. A resumed run has done these already at its first step.
+        is_new, is_best = step > state["looked"], False
+        at_gate = is_new and gate_is_due(cfg, state)
+        if at_gate:
             pass_gate(cfg, state, models, data, engines["student"], optimizer)
         over = step == cfg.max_steps or state["closed"] and cfg.on_gate_closed == "stop"
-        if fresh and cfg.eval_every and (over or step % cfg.eval_every == 0):
+        if is_new and cfg.eval_every and (over or step % cfg.eval_every == 0):
             for name in ["teacher"] * (cfg.eval_teacher and step == 0) + ["student"]:
                 how = Sampling(
                     cfg.eval_max_new_tokens,
@@ -609,7 +609,7 @@ def main(argv):
                 )
                 is_best = log_evaluation(cfg, state, name, metrics, records)
         state["looked"] = step
-        if fresh and step > 0 and (gated or is_best or over or step % cfg.save_every == 0):
+        if is_new and step > 0 and (at_gate or is_best or over or step % cfg.save_every == 0):
             save()
         if over:
             break
