@@ -1,6 +1,7 @@
 # make demo       a small student learns from a teacher (on a CPU, in minutes)
 # make rl-demo    the same, and GRPO after it
 # make cells      the paper's comparisons on the toy world
+# make real       the same story on a real language model (CPU, under half an hour)
 # make test       lint and tests
 #
 # PYTHON=python3.12 picks another Python; make demo ARGS=--engine=vllm adds options.
@@ -27,6 +28,26 @@ cells: .venv/installed
 
 paper-toy: .venv/installed
 	$(BIN)/python cells.py --rl --seeds $(subst $(comma), ,$(SEEDS))
+
+# A real language model of 135M parameters: GRPO makes a teacher of it, on-policy distillation hands
+# on what it learned to the model as it was. After an interruption give the command again.
+real: .venv/installed-real
+	$(BIN)/python data/smollm.py
+	$(BIN)/python rl_grpo.py configs/smollm_grpo.py --resume
+	$(BIN)/python train_distill.py configs/smollm_opd.py --resume
+	$(BIN)/python plot.py out/smollm_grpo out/smollm_opd --y accuracy entropy length truncated \
+		--out out/smollm.png
+	$(BIN)/python data/smollm.py --report
+
+# After make real: cells, mixing, curriculum and GRPO on that model, hours.
+real-cells: real
+	$(BIN)/python cells.py --world smollm --rl --seeds $(subst $(comma), ,$(SEEDS))
+
+# Six of its 30 layers are left out, and distillation brings back what they did.
+real-pruned: .venv/installed-real
+	$(BIN)/python data/smollm.py --drop 25,4,5,26,7,6
+	$(BIN)/python train_distill.py configs/smollm_pruned.py --resume
+	$(BIN)/python plot.py out/smollm_pruned --y reverse_kl forward_kl student_entropy
 
 test: lint .venv/installed-vllm
 	$(BIN)/python -m pytest
@@ -81,6 +102,10 @@ $(BIN)/python:
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
+.venv/installed-real: .venv/installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[real]"
+	@touch $@
+
 # Without a GPU the tests run vLLM's CPU build (on Linux). It brings CUDA builds of three packages
 # along, beside which transformers cannot be imported.
 .venv/installed-vllm: .venv/installed-dev
@@ -89,4 +114,4 @@ $(BIN)/python:
 		$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec; fi
 	@touch $@
 
-.PHONY: demo rl-demo cells paper-toy test test-all lint bench bench-ranks chaos results general venv
+.PHONY: demo rl-demo cells paper-toy real real-cells real-pruned test test-all lint bench bench-ranks chaos results general venv

@@ -6,13 +6,16 @@ for both stop conventions.
                                                          # half an hour on 2 cores
     python cells.py --rl --seeds 42 43 44                # make paper-toy: three seeds, and GRPO
                                                          # from eight end points each; hours
+    python cells.py --world smollm --rl                  # make real-cells: a real language model,
+                                                         # after make real; hours
 
-Each run is a folder out/cells/SEED/NAME. The names are prefix_lam_horizon_stop; curriculum_stop;
+Each run is a folder out/cells/SEED/NAME (out/cells_smollm of that world). The names are
+prefix_lam_horizon_stop; hard_horizon_stop, SFT on the teacher's tokens alone; curriculum_stop;
 strict_stop, a curriculum with a higher floor that rolls back; and grpo_prefix_lam_horizon.
 
 A finished run is not run again, and one that was cut short goes on from its last checkpoint. To
 have a run again, delete its folder (and those of the GRPO runs that begin from it). The figures,
-table.md and claims.md (the paper's inequalities with our numbers) come to out/cells too.
+table.md and claims.md (the paper's inequalities with our numbers) come to the same folder.
 
 A = Avg@8, P = Pass@8, H = entropy (nats per token of the model's own responses, full softmax at
 T = 1), l = length (tokens), all of the last evaluation; R / F = reverse / forward KL (lam = 1 / 0);
@@ -21,6 +24,7 @@ S / T = student / teacher prefixes.
 
 import argparse
 import fcntl
+import importlib
 import os
 import subprocess
 import sys
@@ -32,16 +36,37 @@ from pathlib import Path
 import numpy as np
 
 import plot
-from configs.toy_curriculum import eval_max_new_tokens as LIMIT
-from configs.toy_curriculum import horizons as RUNGS
 
-# Each rung of the curriculum is a fixed horizon too.
-SHORT = RUNGS[0]
-LONG = RUNGS[-1]
 PREFIXES = ("teacher", "student")
-LAMS = (0, 0.2, 0.5, 0.8, 1)
 DIRECTIONS = (("forward", 0), ("reverse", 1))            # the ends of LAMS
-STOPS = ("union", "student")
+
+
+def use_world(name):
+    """
+    Set what differs between the worlds: lengths, from configs/NAME_curriculum.py, the amounts of
+    reverse KL, stop conventions, the arguments of GRPO, and where everything goes.
+    """
+    global CONFIGS, OUT, RUNGS, SHORT, LONG, LIMIT, LAMS, STOPS, HARD, GRPO
+    curriculum = importlib.import_module(f"configs.{name}_curriculum")
+    CONFIGS = f"configs/{name}"
+    RUNGS = curriculum.horizons                          # each is a fixed horizon too
+    SHORT, LONG = RUNGS[0], RUNGS[-1]
+    LIMIT = curriculum.eval_max_new_tokens
+    if name == "toy":
+        OUT = Path("out/cells")
+        LAMS = (0, 0.2, 0.5, 0.8, 1)
+        STOPS = ("union", "student")
+        HARD = False
+        GRPO = ["--eval_data=data/toy/hard.jsonl", "--eval_every=25"]
+    else:
+        OUT = Path(f"out/cells_{name}")
+        LAMS = (0, 0.2, 0.5, 1)
+        STOPS = ("union",)                               # student and teacher have the same
+        HARD = True
+        GRPO = ["--max_steps=20"]
+
+
+use_world("toy")
 # Differences up to these count as none: A over 512 responses has a standard error of about 0.02.
 TIE = {"A": 0.02, "P": 0.02, "H": 0.005, "l": 5}
 
@@ -61,12 +86,15 @@ def distillation_runs():
                 if horizon not in (SHORT, LONG) and (prefix, lam) != ("student", 1):
                     continue
                 argv = [
-                    "configs/toy_cells.py", f"--prefix={prefix}", f"--reverse_weight={lam}",
+                    f"{CONFIGS}_cells.py", f"--prefix={prefix}", f"--reverse_weight={lam}",
                     f"--max_new_tokens={horizon}", f"--stop={stop}"]
                 if prefix == "teacher":
-                    argv.append("--trajectories=out/cells/trajectories")
+                    argv.append(f"--trajectories={OUT}/trajectories")
                 runs[name_of(prefix, lam, horizon, stop)] = argv
-        curriculum = ["configs/toy_curriculum.py", f"--stop={stop}"]
+        if HARD:
+            forward = runs[name_of("teacher", 0, LONG, stop)]
+            runs[f"hard_{LONG}_{stop}"] = [*forward, "--teacher=None"]
+        curriculum = [f"{CONFIGS}_curriculum.py", f"--stop={stop}"]
         runs[f"curriculum_{stop}"] = curriculum
         runs[f"strict_{stop}"] = [
             *curriculum, "--entropy_floor=0.85", "--on_gate_closed=rollback"]
@@ -82,19 +110,19 @@ def grpo_runs(folder):
             for horizon in (SHORT, LONG):
                 student = folder / name_of(prefix, lam, horizon, "union") / "last"
                 runs[f"grpo_{prefix}_{lam}_{horizon}"] = [
-                    "configs/toy_grpo.py", f"--student={student}",
-                    "--eval_data=data/toy/hard.jsonl", "--eval_every=25"]
+                    f"{CONFIGS}_grpo.py", f"--student={student}", *GRPO]
     return runs
 
 
 def check_inputs(out):
-    """Exit if the runs in `out` were made from other configs or toy models than there are now."""
-    data = [path for path in Path("data/toy").rglob("*.*") if path.is_file()]
-    files = sorted([*Path("configs").glob("toy_*.py"), *data])
+    """Exit if the runs in `out` were made from other configs or models than there are now."""
+    world = Path(CONFIGS).name
+    data = [path for path in Path(f"data/{world}").rglob("*.*") if path.is_file()]
+    files = sorted([*Path("configs").glob(f"{world}_*.py"), *data])
     inputs = "".join(f"{file} {zlib.crc32(file.read_bytes())}\n" for file in files)
     record = out / "inputs.txt"
     if record.exists() and record.read_text() != inputs:
-        sys.exit(f"error: {out} was made with other configs or toy models than there are now; "
+        sys.exit(f"error: {out} was made with other configs or models than there are now; "
                  f"delete it, or move it away")
     out.mkdir(parents=True, exist_ok=True)
     record.write_text(inputs)
@@ -382,15 +410,17 @@ def main():
     parser.add_argument("--rl", action="store_true", help="GRPO from the eight end points as well")
     parser.add_argument("--jobs", type=int, default=cores,
                         help="runs at a time, on one thread each")
+    parser.add_argument("--world", choices=["toy", "smollm"], default="toy")
     args = parser.parse_args()
+    use_world(args.world)
 
-    out = Path("out/cells")
+    out = OUT
     check_inputs(out)
     folders = {seed: out / str(seed) for seed in args.seeds}
     runs = distillation_runs()
     rl_runs = {seed: grpo_runs(folder) if args.rl else {} for seed, folder in folders.items()}
 
-    execute(1, [("sample.py", out / "trajectories", ["configs/toy_sample.py"])])
+    execute(1, [("sample.py", out / "trajectories", [f"{CONFIGS}_sample.py"])])
     execute(args.jobs, [
         ("train_distill.py", folder / name, [*argv, f"--seed={seed}"])
         for seed, folder in folders.items() for name, argv in runs.items()])

@@ -1,6 +1,6 @@
 """
-How a model writes: sampling, the transformers and the vLLM engine; and whether an engine's
-log-probs are those of its model.
+How a model generates text: sampling, an engine with transformers and one with vLLM, and a check of
+the engine's log-probs against the model's.
 
 An engine belongs to one model, whose responses it writes. Where it keeps weights of its own, `sync`
 takes over those that the model has now. Log-probs are of the full softmax at T = 1, in nats,
@@ -22,11 +22,13 @@ import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.utils import cached_file
 
 from kernels import linear_logp
 from utils import (
+    RANK,
     UserError,
     base_model,
     first_line,
@@ -80,7 +82,7 @@ def sample_tokens(logits, uniforms, sampling):
 
 class Engine:
     """
-    What both engines share. model: whose responses it writes. dtype: of its own weights. Ids from
+    What both engines share. model: the model to sample from. dtype: of the computation. Ids from
     vocab_size on are never sampled (None: the model's own size). max_rows: responses decoded
     together. max_tokens: padded tokens in one forward of `score`.
     """
@@ -97,11 +99,13 @@ class Engine:
         """
         [(tokens, logps, stop_reason)] for prompts (lists of ids) and one seed each. tokens include
         the stop id, stop_reason is "stop" or "length". The same prompt and seed give the same
-        tokens whatever else is in the batch, but for a uniform number within rounding of a step of
-        the CDF.
+        tokens whatever else is in the batch, unless rounding moves a step of the CDF past the
+        uniform number that is drawn; with vLLM in bf16 that happens.
         """
-        results = [None] * len(prompts)
-        for i, *result in self.stream(prompts, sampling, seeds):
+        results, stream = [None] * len(prompts), self.stream(prompts, sampling, seeds)
+        # disable=None shows the bar on a terminal only.
+        bar = tqdm(stream, "responses", len(results), leave=False, disable=RANK > 0 or None)
+        for i, *result in bar:
             results[i] = tuple(result)
         return results
 
@@ -114,21 +118,22 @@ class HFEngine(Engine):
     """
 
     def prepare(self):
-        # The model's own weights, or a copy in the compute dtype. FSDP gathers in that dtype, and
-        # buffers stay as they are: rotary frequencies in bf16 are radians off at position 4096.
-        self.writer, config = self.model, self.model.config
+        # It decodes with the model itself, or with a copy in the compute dtype. FSDP gathers in
+        # that dtype already, so it needs no copy. Only parameters are cast: rotary frequencies, a
+        # buffer, would be radians off in bf16 at position 4096.
+        self.decoder, config = self.model, self.model.config
         if self.model.dtype != self.dtype and not isinstance(self.model, FSDPModule):
-            self.writer = copy.deepcopy(self.model).eval()
-            for parameter in self.writer.parameters():
+            self.decoder = copy.deepcopy(self.model).eval()
+            for parameter in self.decoder.parameters():
                 parameter.data = parameter.data.to(self.dtype)
         # Whether the layers take a ready (B, 1, 1, T) mask: sdpa attention without sliding windows.
         windows = any(DynamicCache(config=config).is_sliding)
-        self.takes_masks = config._attn_implementation == "sdpa" and not windows
+        self.accepts_4d_mask = config._attn_implementation == "sdpa" and not windows
 
     def sync(self):
         """Take over the weights that the model has now."""
-        if self.writer is not self.model:
-            self.writer.load_state_dict(self.model.state_dict())
+        if self.decoder is not self.model:
+            self.decoder.load_state_dict(self.model.state_dict())
 
     def stream(self, prompts, sampling, seeds, on_token=None):
         """
@@ -136,8 +141,8 @@ class HFEngine(Engine):
         on_token(index, token) sees every token as it comes.
         """
         # Neighbours in length are decoded together, for little padding.
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))[::-1]
-        with gathered(self.writer):
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        with unsharded(self.decoder):
             for first in range(0, len(order), self.max_rows):
                 rows = order[first : first + self.max_rows]
                 yield from self._decode(rows, prompts, sampling, seeds, on_token)
@@ -145,21 +150,20 @@ class HFEngine(Engine):
     @torch.inference_mode()
     def _decode(self, rows, prompts, sampling, seeds, on_token):
         device, limit = self.model.device, sampling.max_new_tokens
-        head = lm_head(self.writer)[: self.vocab_size]
+        head = lm_head(self.decoder)[: self.vocab_size]
         width = max(len(prompts[i]) for i in rows)
-        ids = [[0] * (width - len(prompts[i])) + list(prompts[i]) for i in rows]
-        ids = torch.tensor(ids, device=device)  # (B, T), padded on the left
+        padded = [[0] * (width - len(prompts[i])) + list(prompts[i]) for i in rows]
+        ids = torch.tensor(padded, device=device)  # (B, T), padded on the left
         lengths = torch.tensor([len(prompts[i]) for i in rows], device=device)
-        uniforms = [
-            torch.rand(limit, generator=torch.Generator().manual_seed(seeds[i])) for i in rows
-        ]
-        uniforms = torch.stack(uniforms).to(device)  # (B, limit)
+        generators = [torch.Generator().manual_seed(seeds[i]) for i in rows]
+        drawn = [torch.rand(limit, generator=generator) for generator in generators]
+        uniforms = torch.stack(drawn).to(device)  # (B, limit)
         written = {i: ([], []) for i in rows}  # tokens and log-probs so far
-        cache = DynamicCache(config=self.writer.config)
+        cache = DynamicCache(config=self.decoder.config)
         for step in range(limit):
             logits = (self._advance(ids, lengths, cache) @ head.T).float()
             tokens, logps = sample_tokens(logits, uniforms[:, step], sampling)
-            going = []
+            unfinished = []
             for b, (i, token, logp) in enumerate(zip(rows, tokens.tolist(), logps.tolist())):
                 written[i][0].append(token)
                 written[i][1].append(logp)
@@ -169,33 +173,36 @@ class HFEngine(Engine):
                 if stopped or step + 1 == limit:
                     yield i, *written[i], "stop" if stopped else "length"
                 else:
-                    going.append(b)
-            if not going:
+                    unfinished.append(b)
+            if not unfinished:
                 return
-            if len(going) < len(rows):
-                rows = [rows[b] for b in going]
-                going = torch.tensor(going, device=device)
-                tokens, lengths, uniforms = tokens[going], lengths[going], uniforms[going]
-                cache.batch_select_indices(going)
+            if len(unfinished) < len(rows):
+                rows = [rows[b] for b in unfinished]
+                stay = torch.tensor(unfinished, device=device)
+                tokens, lengths, uniforms = tokens[stay], lengths[stay], uniforms[stay]
+                cache.batch_select_indices(stay)
             ids, lengths = tokens[:, None], lengths + 1
 
     def _advance(self, ids, lengths, cache):
-        """Hidden states (B, H) at the last of ids (B, t); of T columns the last `lengths` count."""
+        """
+        Run ids (B, t) after what is in the cache; hidden states (B, H) at the last position. Of a
+        row's T columns the last `lengths` are tokens, those before are padding.
+        """
         end = cache.get_seq_length() + len(ids[0])
         columns = torch.arange(end, device=ids.device)
-        first = end - lengths[:, None]
-        mask = columns >= first  # (B, T)
-        positions = (columns[-len(ids[0]) :] - first).clamp(min=0)
-        if self.takes_masks and len(ids[0]) == 1:
-            mask = mask[:, None, None]  # making this of (B, T) is a tenth of a small model's time
-        output = base_model(self.writer)(
+        start = end - lengths[:, None]
+        mask = columns >= start  # (B, T)
+        positions = (columns[-len(ids[0]) :] - start).clamp(min=0)
+        if self.accepts_4d_mask and len(ids[0]) == 1:
+            mask = mask[:, None, None]  # else each layer makes it: a tenth of a small model's time
+        output = base_model(self.decoder)(
             ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
         return output.last_hidden_state[:, -1]
 
 
 @contextlib.contextmanager
-def gathered(model):
+def unsharded(model):
     """
     Inside, every rank holds the whole weights of a model that FSDP has sharded. They are gathered
     once, not once a token, and ranks need not run equally many forwards.
@@ -204,19 +211,21 @@ def gathered(model):
     for shard in shards:
         shard.unshard()
         shard.set_reshard_after_forward(False, recurse=False)
-    yield
-    for shard in shards:
-        shard.reshard()
-        if shard is not model:  # the root's weights stay after a forward, for the LM head
-            shard.set_reshard_after_forward(True, recurse=False)
+    try:
+        yield
+    finally:
+        for shard in shards:
+            shard.reshard()
+            if shard is not model:  # the root's weights stay after a forward, for the LM head
+                shard.set_reshard_after_forward(True, recurse=False)
 
 
 class VLLMEngine(Engine):
     """
-    The same by vLLM, in this process and on the device of the model. It is loaded when it is first
-    used, without reading weights from disk: they are streamed in, at first and after each `sync`,
-    before the next rollouts. `make_engine` sets max_length (of a prompt and its response), sleeps
-    (it gives a GPU's memory back after each use), kv_cache_gb and timeout (seconds without a
+    Generation with vLLM, in this process and on the device of the model. It is loaded when it is
+    first used, without reading weights from disk: they are streamed in, at first and after each
+    `sync`, before the next rollouts. `make_engine` sets max_length (of a prompt and its response),
+    sleeps (it gives a GPU's memory back after each use), kv_cache_gb and timeout (seconds without a
     finished response, after which the process ends with a traceback, since nothing else can stop
     an engine that hangs).
     """
@@ -233,20 +242,19 @@ class VLLMEngine(Engine):
 
         config = copy.deepcopy(self.model.config)
         config.architectures = [type(self.model).__name__.removeprefix("FSDP")]
-        # On a CPU a tied LM head would keep the packed copy that was made at loading, and go stale
-        # without an error, so the engine's two matrices are never tied.
+        # On a CPU vLLM packs a tied LM head once, at loading, and new weights do not reach it, so
+        # the engine's two matrices are never tied.
         config.tie_word_embeddings = False
         config.vocab_size, config.eos_token_id = self.vocab_size, None
         if self.model.device.type == "cuda":
-            # With 0.01 it does not ask for 0.92 of the memory, however small the cache is.
+            # vLLM wants this share of the memory free; the cache has kv_cache_memory_bytes.
             options = {"enable_sleep_mode": self.sleeps, "gpu_memory_utilization": 0.01}
         else:
             # A prompt must not be cut in two: putting a seeded generator back fails on a CPU.
             options = {
                 "enforce_eager": True,
                 "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(4096, self.max_length),
-            }
+                "max_num_batched_tokens": max(4096, self.max_length)}
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)
             self.llm = LLM(
@@ -261,8 +269,7 @@ class VLLMEngine(Engine):
                 kv_cache_memory_bytes=int(self.kv_cache_gb * 1e9),
                 logprobs_mode="raw_logprobs",
                 disable_log_stats=True,
-                **options,
-            )
+                **options)
 
     def _weights(self):
         for name, tensor in self.model.state_dict().items():
@@ -285,7 +292,7 @@ class VLLMEngine(Engine):
         self.asleep = self.stale = False
 
     def stream(self, prompts, sampling, seeds):
-        """As HFEngine.stream; in bf16 the batch that a row is in has a say too."""
+        """As HFEngine.stream."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -304,8 +311,7 @@ class VLLMEngine(Engine):
                     seed=seed,
                     logprobs=0,
                     detokenize=False,
-                    output_kind=RequestOutputKind.FINAL_ONLY,
-                )
+                    output_kind=RequestOutputKind.FINAL_ONLY)
                 engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
             while engine.has_unfinished_requests():
                 for request in engine.step():
@@ -316,7 +322,7 @@ class VLLMEngine(Engine):
                     faulthandler.cancel_dump_traceback_later()
                     yield int(request.request_id), tokens, logps, output.finish_reason
                     faulthandler.dump_traceback_later(self.timeout, exit=True)
-            if self.sleeps:  # weights go to the CPU's memory, the KV cache away
+            if self.sleeps:  # moves weights to the CPU's memory and drops the KV cache
                 self.llm.sleep(level=1)
                 self.asleep = True
         except Exception as error:  # a broken installation, too, fails in many ways
@@ -359,7 +365,7 @@ def choose_engine(kind, device):
 def make_engine(kind, cfg, model, dtype, vocab_size, max_length, sleeps=True):
     """
     The engine of a model, with cfg's rollout_rows, max_tokens_per_microbatch, kv_cache_gb,
-    rollout_timeout and max_logprob_gap (None: 0.05 nats in bf16, 1e-4 in fp32, 1e-2 with TF32).
+    rollout_timeout and max_logprob_gap (None: 0.05 nats in bf16, 1e-4 in fp32, on a GPU 1e-2).
     """
     make = HFEngine if kind == "hf" else VLLMEngine
     engine = make(model, dtype, vocab_size, cfg.rollout_rows, cfg.max_tokens_per_microbatch)
@@ -379,14 +385,16 @@ def make_engine(kind, cfg, model, dtype, vocab_size, max_length, sleeps=True):
 @torch.no_grad()
 def score(engine, prompts, rollouts):
     """
-    A forward of the engine's model over rollouts (tokens, logps, stop reason). Returns the
-    entropies of each, (n,) fp64 in nats, and for all of their tokens, in no order,
-    |log q of the engine - log q of the model|.
+    A forward of the engine's model over rollouts (tokens, logps, stop reason) that the engine has
+    just written. Returns the entropies of each, (n,) fp64 in nats, and {"logprob_gap_mean",
+    "logprob_gap_max"} of |log-prob of the engine - log-prob of the model| over sampled tokens,
+    nats. UserError where the mean passes max_logprob_gap: then the engine has other weights, as
+    after a sync that did nothing, or its rounding is larger than the limit allows.
     """
     entropies, gaps = [None] * len(prompts), []
     sequences = [(prompt, tokens) for prompt, (tokens, _, _) in zip(prompts, rollouts)]
     lengths = [len(prompt) + len(tokens) for prompt, tokens in sequences]
-    with gathered(engine.model):
+    with unsharded(engine.model):
         for batch in microbatches(lengths, engine.max_tokens):
             hidden = response_hidden(engine.model, [sequences[b] for b in batch], engine.dtype)
             targets = [token for b in batch for token in sequences[b][1]]
@@ -398,20 +406,6 @@ def score(engine, prompts, rollouts):
             parts = entropy.double().cpu().split([len(sequences[b][1]) for b in batch])
             for b, part in zip(batch, parts):
                 entropies[b] = part
-    return entropies, gaps
-
-
-def check_logprobs(engine, prompts, rollouts):
-    """`check_gaps` of rollouts that this engine has just written."""
-    return check_gaps(engine, score(engine, prompts, rollouts)[1])
-
-
-def check_gaps(engine, gaps):
-    """
-    {"logprob_gap_mean", "logprob_gap_max"} of |log q of the engine - log q of the model| at each
-    sampled token, nats. UserError where the mean passes max_logprob_gap: then the engine has other
-    weights, as after a sync that did nothing, or rounds more than was thought.
-    """
     mean, largest = sum(gaps) / max(1, len(gaps)), max(gaps, default=0.0)
     if not mean <= engine.max_logprob_gap:  # NaN too
         raise UserError(
@@ -420,7 +414,7 @@ def check_gaps(engine, gaps):
             f"Where that is rounding, raise max_logprob_gap; else the engine has other weights: "
             f"try --engine=hf"
         )
-    return {"logprob_gap_mean": mean, "logprob_gap_max": largest}
+    return entropies, {"logprob_gap_mean": mean, "logprob_gap_max": largest}
 
 
 # ------------------------------------------------------------- which model it is, and what it costs
@@ -447,9 +441,10 @@ def model_revision(path):
 
 def forward_flops(config, lengths):
     """
-    FLOPs of one forward over sequences of these lengths, multiply-add = 2 (appendix H.1): dense
-    layers and the LM head at every token, plus causal attention, in which a token attends to half
-    the sequence on average. Counts the real shapes, where the paper takes heads x head_dim = H.
+    FLOPs of one forward over sequences of these lengths, multiply-add = 2 (arXiv 2605.16826,
+    appendix H.1): dense layers and the LM head at every token, plus causal attention, in which a
+    token attends to half the sequence on average. Counts the real shapes, where the paper takes
+    heads x head_dim = H.
     """
     hidden, layers = config.hidden_size, config.num_hidden_layers
     q_size, kv_size = attention_sizes(config)

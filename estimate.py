@@ -71,6 +71,8 @@ def read_models(cfg):
 
     student = read(cfg.student)
     if cfg.group_size:
+        if not cfg.reference and not cfg.kl_coef:
+            return Models(student, student)
         return Models(student, student, read(cfg.reference or cfg.student), "reference")
     if cfg.teacher is None:
         return Models(student, student)
@@ -160,7 +162,7 @@ def flops(cfg, models):
     horizon = max(cfg.horizons or [cfg.max_new_tokens])
     lengths = [PROMPT + horizon] * rows
     parts = {}
-    if frozen and not cfg.trajectories:
+    if (cfg.group_size or frozen) and not cfg.trajectories:
         parts["writing the responses"] = forward_flops(writer, lengths)
     if kind == "teacher's LM head":
         parts[kind] = 2 * frozen.vocab_size * frozen.hidden_size * rows * horizon

@@ -18,14 +18,13 @@ Each problem gets n responses, of which c are right:
     ungraded      comparisons that hung or crashed; they count in neither Avg nor Pass
 
 out_dir gets samples.jsonl (every response, its extracted answer, verdict and reason) and
-results.json (numbers, settings, versions, seed, time). An evaluation that was killed goes on with
+results.json (numbers, settings, versions, seed). An evaluation that was killed goes on with
 the same command, without --overwrite.
 """
 
 import dataclasses
 import json
 import platform
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -38,6 +37,8 @@ from data.problems import load_problems
 from engine import Sampling, choose_engine, fingerprint, make_engine, model_revision
 from grade import respond, summarise, verdicts_by_problem
 from utils import (
+    RANK,
+    WORLD,
     UserError,
     barrier,
     check_ranges,
@@ -321,7 +322,7 @@ def main(argv):
     # 1. the problems, the model, and where its responses end
     cfg, origin = load_config(Config, argv)
     check_ranges(cfg)
-    rank, world, device = init_processes(patience=7 * 86400)    # they meet at the end only
+    device = init_processes(timeout_seconds=7 * 86400)    # they meet at the end only
     benchmarks = load_benchmarks(cfg)
     tokenizer, engine, sampling, prompts = open_model(cfg, benchmarks, device)
 
@@ -330,7 +331,7 @@ def main(argv):
     settings = settings_of(cfg, benchmarks, tokenizer, sampling)
     check_folder(cfg, settings)
     barrier()                                           # every rank has looked
-    if rank == 0:
+    if RANK == 0:
         out_dir.mkdir(parents=True, exist_ok=True)
         if cfg.overwrite:
             for path in [*out_dir.glob("results.*"), *out_dir.glob("samples*.jsonl")]:
@@ -343,20 +344,19 @@ def main(argv):
             for record in read_lines(out_dir / "samples.jsonl")}
 
     # 3. sample, grade and measure what is missing, a window at a time
-    start = time.time()
     engine.generate([], sampling, [])                   # ranks load vLLM together, also idle ones
     for name, (problems, samples) in benchmarks.items():
         missing = [(index, sample) for index in prompts[name] for sample in range(samples)
                    if (name, index, sample) not in done]
-        pairs = missing[rank::world]
+        pairs = missing[RANK::WORLD]
         firsts = range(0, len(pairs), cfg.window)
-        for first in tqdm(firsts, desc=name, unit="window", disable=rank > 0 or not pairs):
+        for first in tqdm(firsts, desc=name, unit="window", disable=RANK > 0 or not pairs):
             records = respond(engine, tokenizer, problems, prompts[name],
                               pairs[first:first + cfg.window], sampling, cfg.seed)
-            write_lines(out_dir / f"samples_{rank:03d}.jsonl",
+            write_lines(out_dir / f"samples_{RANK:03d}.jsonl",
                         [{"benchmark": name, **record} for record in records])
     barrier()
-    if rank > 0:
+    if RANK > 0:
         return
 
     # 4. one file in order, the numbers, the table
@@ -381,9 +381,7 @@ def main(argv):
         "config": dataclasses.asdict(cfg),
         "versions": {"python": platform.python_version(), **versions},
         "device": device.type,
-        "processes": world,
-        "seconds": round(time.time() - start, 1),
-        "responses_in_these_seconds": len(records) - len(done),
+        "responses_of_this_run": len(records) - len(done),
     }
     write_lines(out_dir / "results.json", [report], mode="w")
     print_table(results)

@@ -408,14 +408,13 @@ def respond(engine, tokenizer, problems, prompts, pairs, sampling, seed):
     prompts[index]: the problem as token ids. A response depends on seed and pair alone. Entropies
     are those of the full softmax at temperature 1, in nats, summed over a response's tokens.
     """
-    from engine import check_gaps, score
+    from engine import score
     from utils import derive_seed
 
     asked = [prompts[index] for index, _ in pairs]
     seeds = [derive_seed(seed, "eval", index, sample) for index, sample in pairs]
     rollouts = engine.generate(asked, sampling, seeds)
-    entropies, gaps = score(engine, asked, rollouts)
-    check_gaps(engine, gaps)
+    entropies, _ = score(engine, asked, rollouts)
 
     records = []
     for (index, sample), (tokens, _, reason), entropy in zip(pairs, rollouts, entropies):
@@ -428,6 +427,7 @@ def respond(engine, tokenizer, problems, prompts, pairs, sampling, seed):
             "problem": problems[index]["problem"],
             "answer": problems[index]["answer"],
             "response": response,
+            "tokens": tokens,
             "extracted": extract_answer(response),
             "correct": None,
             "reason": "no reference answer",
@@ -538,14 +538,14 @@ def evaluate(engine, tokenizer, held_out, sampling, samples, seed):
     """
     import torch.distributed as dist
 
-    from utils import RANK, WORLD, telling
+    from utils import RANK, WORLD, as_user_error
 
     problems, prompts = zip(*held_out)
     pairs = [(index, sample) for index in range(len(problems)) for sample in range(samples)]
     records = respond(engine, tokenizer, problems, prompts, pairs[RANK::WORLD], sampling, seed)
     if WORLD > 1:
         parts = [None] * WORLD
-        with telling("another process has ended during an evaluation"):
+        with as_user_error("another process has ended during an evaluation"):
             dist.all_gather_object(parts, records)
         records = list(itertools.chain(*parts))
     records.sort(key=itemgetter("index", "sample"))

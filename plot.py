@@ -11,8 +11,9 @@ entropy_before_box, entropy_after_box, length, truncated and tokens_after_box; t
 dotted line. Any other name is a key of the training lines: loss, forward_kl, grad_norm, horizon.
 The gates of a curriculum are triangles (open) and crosses (closed) among the entropies.
 
-The table shows the base student, each run's last evaluation with its training TFLOPs so far, and
-the teacher. A run that begins where an earlier one ended needs no row for its beginning.
+The table shows the base student, each run's last evaluation with the TFLOPs and seconds of its
+training so far (without evaluations), and the teacher. A run that begins where an earlier one ended
+needs no row for its beginning.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def read_run(folder):
     if not path.is_file():
         sys.exit(f"error: no {path}; give run folders, for example out/toy_opd")
     run = {"steps": [], "student": [], "teacher": [], "gates": []}
-    tflops = 0.0                                         # an evaluation has those of the last step
+    spent = {"tflops": 0.0, "seconds": 0.0}      # an evaluation has those of the steps so far
     for line in path.read_text().split("\n"):
         try:
             row = json.loads(line)
@@ -62,10 +63,10 @@ def read_run(folder):
             break
         if "loss" in row:
             kind = "steps"
-            tflops = row["tflops"]
+            spent = {"tflops": row["tflops"], "seconds": spent["seconds"] + row.get("seconds", 0)}
         else:
             kind = "gates" if "gate" in row else row["model"]
-        run[kind].append({"tflops": tflops} | row)
+        run[kind].append(spent | row)
     return run
 
 
@@ -139,19 +140,22 @@ def table(runs):
     once.
     """
     rows = table_rows(runs)
-    if not rows:
-        return []
+    return table_lines(rows) if rows else []
+
+
+def table_lines(rows):
+    """Lines of a table in 80 columns, of [(name, evaluation)]."""
     ks = {e["k"] for _, e in rows}
     k = ks.pop() if len(ks) == 1 else "k"
-    lines = [f"{'':<20}{f'Avg@{k}':>9}{f'Pass@{k}':>9}{'length':>9}{'entropy':>9}"
-             f"{'truncated':>11}{'TFLOPs':>10}"]
+    lines = [f"{'':<18}{f'Avg@{k}':>8}{f'Pass@{k}':>8}{'length':>8}{'entropy':>9}"
+             f"{'truncated':>11}{'TFLOPs':>9}{'seconds':>9}"]
     for name, e in rows:
         accuracies = ""
         for key in ("avg_at_k", "pass_at_k"):
-            accuracies += f"{'-':>9}" if e[key] is None else f"{e[key]:>9.3f}"
+            accuracies += f"{'-':>8}" if e[key] is None else f"{e[key]:>8.3f}"
         lines.append(
-            f"{name[-20:]:<20}{accuracies}{e['length']:>9.1f}{e['entropy']:>9.3f}"
-            f"{e['truncated']:>11.1%}{e['tflops']:>10.3g}")
+            f"{name[-18:]:<18}{accuracies}{e['length']:>8.1f}{e['entropy']:>9.3f}"
+            f"{e['truncated']:>11.1%}{e['tflops']:>9.3g}{e['seconds']:>9.0f}")
     return lines
 
 

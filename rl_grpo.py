@@ -4,17 +4,18 @@ Reinforcement learning from any checkpoint: GRPO with the grader as reward.
     python rl_grpo.py configs/toy_grpo.py --student=out/toy_opd/last          # CPU, a minute
     torchrun --nproc_per_node=8 rl_grpo.py configs/grpo_4b.py
 
-A step samples group_size responses o_i to each of its prompts from the student q, rewards them with
-1 where the final answer is right and 0 elsewhere, and takes updates_per_batch AdamW steps on
+A step samples group_size responses to each of its prompts from the student q. The reward R_i of
+response o_i, i running over all of the step, is 1 where its final answer is right, else 0. Then
+updates_per_batch AdamW updates are made, each on all of these responses, of
 
-    L = - sum_i sum_t  w_i  c_it  min( r_it A_i,  clip(r_it, 1 - clip_low, 1 + clip_high) A_i )
-        + kl_coef k3_it
-    A_i   = R_i - mean of the group's rewards, over their standard deviation with
-            scale_rewards = "group"
+    L = sum_i sum_t  w_i ( kl_coef k3_it
+        - c_it min( r_it A_i,  clip(r_it, 1 - clip_low, 1 + clip_high) A_i ) )
+    A_i   = R_i - mean(R of its group), divided by std(R of its group) with scale_rewards = "group"
+    s_it  = the prompt and the response's tokens before token t
     r_it  = q(o_it | s_it) / q_old(o_it | s_it); q_old is q at the step's first update: r = 1 there
     w_i   = 1 / what the loss is divided by: see `token_weights`
-    c_it  = min(q_old / q_sampler, importance_cap): sampler and trainer are two programs that may
-            disagree
+    c_it  = min(q_old / q_sampler, importance_cap); q_sampler is the probability that the rollout
+            engine reports, which may differ from the trainer's by rounding
     k3    = rho - 1 - log rho, rho = q_ref / q: in its value an unbiased, non-negative estimate of
             KL(q || q_ref); its gradient, on average over q, is that of the *forward* KL(q_ref || q)
 
@@ -34,15 +35,16 @@ import torch.distributed as dist
 from data.problems import load_problems
 from engine import (
     Sampling,
-    check_logprobs,
     choose_engine,
     forward_flops,
     make_engine,
     model_revision,
+    score,
 )
 from grade import evaluate, grade_all
 from kernels import linear_logp
 from utils import (
+    WORLD,
     Timer,
     UserError,
     all_reduce,
@@ -61,9 +63,9 @@ from utils import (
     log_evaluation,
     log_step,
     microbatches,
-    need,
     open_run,
     print0,
+    require,
     response_hidden,
     run,
     save_checkpoint,
@@ -79,7 +81,7 @@ class Config:
     # a first run needs these
     student: str = "out/opd_4b/last"  # folder or hub name: where RL starts
     prompts: str = "data/deepscaler.jsonl"  # JSONL with problem and answer
-    reference: str | None = None  # the KL is measured to this model; None: to the student at first
+    reference: str | None = None  # the KL is to it; None: to the student at the start
     prompts_per_step: int = 4  # over all ranks
     group_size: int = 8  # responses to each prompt
     max_new_tokens: int = 4096  # stop token included
@@ -90,12 +92,12 @@ class Config:
     scale_rewards: Literal["group", "none"] = "group"
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = "dapo"
     clip_low: float = 0.2
-    clip_high: float = 0.2
-    kl_coef: float = 0.0  # beta
+    clip_high: float = 0.2  # clips nothing at the first update, where r = 1
+    kl_coef: float = 0.0  # weight of the KL to the reference: beta of the papers
     mask_truncated: bool = False  # responses without a stop id leave the loss; their reward counts
     importance_cap: float | None = 2.0  # None: no importance weights
     # optimisation
-    updates_per_batch: int = 1
+    updates_per_batch: int = 1  # each on the whole batch
     warmup_steps: int = 50  # linear, then constant
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0  # inf never clips
@@ -112,7 +114,7 @@ class Config:
     eval_temperature: float = 0.6
     eval_top_p: float = 0.95
     # the run
-    save_every: int = 40  # steps; the end of the run and a new best are always saved
+    save_every: int = 40  # steps; the end and a new best after step 0 are always saved
     keep: int = 10  # newest checkpoints that stay, besides `best`
     seed: int = 42
     resume: bool = False  # go on from the newest checkpoint in out_dir, if there is one
@@ -129,36 +131,36 @@ class Config:
     max_logprob_gap: float | None = None  # nats, mean over tokens; None: 0.05 in bf16, 1e-4 in fp32
 
 
-# What differs from GRPO in DeepSeekMath (arXiv 2402.03300), as the paper leaves these open:
+# What differs from GRPO in DeepSeekMath (arXiv 2402.03300):
 #   - loss_type "dapo", a mean over all tokens, by default; "grpo" is the original mean of means;
-#   - no KL to a reference by default (kl_coef = 0); its size is measured all the same;
-#   - standard deviations divide by the group's size, and equal rewards have A = 0 (no epsilon);
-#   - a response without a verdict ("ungraded") leaves its group and the loss;
+#   - no KL to a reference by default (kl_coef = 0); with `reference` its size is measured;
+#   - standard deviations divide by n, not n - 1, and equal rewards have A = 0 (no epsilon);
+#   - a response without a verdict ("ungraded") is left out of its group's mean, and of the loss;
 #   - truncated importance weights between sampler and trainer.
 
 
 def validate(cfg, world):
     """UserError for every combination that cannot work, before anything is loaded."""
     check_ranges(cfg)
-    need(
+    require(
         cfg.group_size >= 2,
         cfg,
         "group_size",
         "GRPO needs at least 2 responses to a prompt to form an advantage",
     )
-    need(
+    require(
         cfg.prompts_per_step * cfg.group_size >= world,
         cfg,
         "prompts_per_step",
         f"x {cfg.group_size} responses leave some of the {world} processes without work",
     )
-    need(
+    require(
         cfg.temperature > 0,
         cfg,
         "temperature",
         "must be positive: greedy responses are all the same",
     )
-    need(
+    require(
         0 <= cfg.clip_low < 1,
         cfg,
         "clip_low",
@@ -195,26 +197,26 @@ def token_weights(lengths, all_sequences, all_tokens, loss_type, constant):
         "dr_grpo"  1 / constant, which is P x G x max_new_tokens: no length and no masked response
                    changes what a token counts; with scale_rewards = "none" this is Dr. GRPO
     """
-    whole = {"grpo": all_sequences, "dapo": all_tokens, "dr_grpo": constant}[loss_type]
-    return [1 / (whole * n if loss_type == "grpo" else whole) for n in lengths]
+    divisor = {"grpo": all_sequences, "dapo": all_tokens, "dr_grpo": constant}[loss_type]
+    return [1 / (divisor * n if loss_type == "grpo" else divisor) for n in lengths]
 
 
 def clipped_loss(logps, old_logps, advantages, clip_low, clip_high):
     """
-    (-min(r A, clip(r) A), r, whether the clip took the gradient) per token; all (N,),
+    (-min(r A, clip(r) A), r, whether clipping made the gradient zero) per token; all (N,),
     r = exp(logps - old_logps).
     """
     ratio = torch.exp((logps - old_logps).clamp(max=20))  # an infinite r times A = 0 would be NaN
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = -torch.minimum(ratio * advantages, clipped * advantages)
-    took = (clipped != ratio) & (clipped * advantages < ratio * advantages)
-    return loss, ratio.detach(), took.detach()
+    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = -torch.minimum(ratio * advantages, clipped_ratio * advantages)
+    was_clipped = clipped_ratio * advantages < ratio * advantages
+    return loss, ratio.detach(), was_clipped
 
 
 def k3(logps, ref_logps):
     """
-    rho - 1 - log rho with rho = q_ref / q, per token (N,). Value: KL(q || ref). Gradient, on
-    average: of KL(ref || q).
+    rho - 1 - log rho with rho = q_ref / q, per token (N,). Averaged over q its value is
+    KL(q || q_ref), and its gradient that of KL(q_ref || q).
     """
     return torch.expm1(ref_logps - logps) - (ref_logps - logps)
 
@@ -228,92 +230,95 @@ class Sampled(NamedTuple):
     prompt: list  # token ids
     tokens: list  # token ids of the response
     logps: list  # of the sampler
-    cut: bool  # without a stop id
+    truncated: bool  # at max_new_tokens, without a stop id
     place: int  # among the P x G responses of the step
     gold: str  # the answer that is right
 
 
-def rewards_and_cuts(cfg, batch, tokenizer):
+def share_rewards(cfg, batch, tokenizer):
     """
     Grade this rank's responses and share the verdicts with all ranks: rewards (P, G), NaN where
-    ungraded, and whether each response was cut, (P x G,).
+    ungraded, and whether each response is truncated, (P x G,).
     """
     pairs = [(tokenizer.decode(r.tokens, skip_special_tokens=True), r.gold) for r in batch]
     shared = torch.zeros(2, cfg.prompts_per_step * cfg.group_size, dtype=torch.float64)
     for response, (verdict, _) in zip(batch, grade_all(pairs)):
         reward = torch.nan if verdict is None else float(verdict)
-        shared[:, response.place] = torch.tensor([reward, response.cut], dtype=torch.float64)
-    rewards, cut = all_reduce(shared)
-    return rewards.view(-1, cfg.group_size), cut > 0
+        shared[:, response.place] = torch.tensor([reward, response.truncated], dtype=torch.float64)
+    rewards, truncated = all_reduce(shared)
+    return rewards.view(-1, cfg.group_size), truncated > 0
 
 
 class MicroBatch:
     """
     sequences: (prompt ids, response ids). The rest are tensors (N,), a number for each response
-    token: its id, the sampler's log-prob, A_i and w_i of its response, and when they are known its
-    log-probs by q at the first update and by the reference. norm: as in `token_weights`.
+    token:
+        targets               its id
+        sampler_logps         its log-prob by the engine that sampled it
+        advantages, weights   A_i and w_i of its response
+        old_logps, ref_logps  its log-probs by q_old and the reference; the first update sets them
+    divided_by: the last arguments of `token_weights`.
     """
 
-    def __init__(self, responses, advantages, norm, device):
+    def __init__(self, responses, advantages, divided_by, device):
         self.sequences, rows = [r[:2] for r in responses], []
-        for r, weight in zip(responses, token_weights([len(r.tokens) for r in responses], *norm)):
+        lengths = [len(r.tokens) for r in responses]
+        for r, weight in zip(responses, token_weights(lengths, *divided_by)):
             for token, logp in zip(r.tokens, r.logps):
                 rows.append((token, logp, advantages[r.place], weight))
         targets, *rest = torch.tensor(rows, device=device).T  # fp32 is exact for ids below 2 ** 24
         self.targets, self.old_logps, self.ref_logps = targets.long(), None, None
-        self.sampled, self.advantages, self.weights = rest
+        self.sampler_logps, self.advantages, self.weights = rest
 
 
 def micro_loss(cfg, micro, logps):
     """
-    The loss of a micro-batch; sums over its tokens of k3, of tokens whose gradient the clip took,
-    and of c; and the largest -r, r and |log q_old / q_sampler|.
+    (the loss of a micro-batch, [sum of k3, number of clipped tokens, sum of c],
+    [max r, max |log q_old / q_sampler|]), all over its tokens.
     """
-    loss, ratio, clipped = clipped_loss(
+    loss, ratio, was_clipped = clipped_loss(
         logps, micro.old_logps, micro.advantages, cfg.clip_low, cfg.clip_high
     )
     correction = torch.ones_like(loss)
     if cfg.importance_cap is not None:
-        correction = torch.exp(micro.old_logps - micro.sampled).clamp(max=cfg.importance_cap)
-    kl = k3(logps, micro.ref_logps)
+        correction = torch.exp(micro.old_logps - micro.sampler_logps).clamp(max=cfg.importance_cap)
+    kl = torch.zeros_like(loss) if micro.ref_logps is None else k3(logps, micro.ref_logps)
     loss = correction * loss
     if cfg.kl_coef:  # 0 x infinity is NaN, and switched off it needs no gradient
         loss = loss + cfg.kl_coef * kl
-    gap = (micro.old_logps - micro.sampled).abs().max()
-    sums = kl.detach().sum(), clipped.sum(), correction.sum()
-    return (micro.weights * loss).sum(), sums, torch.stack([-ratio.min(), ratio.max(), gap])
+    gap = (micro.old_logps - micro.sampler_logps).abs().max()
+    sums = kl.detach().sum(), was_clipped.sum(), correction.sum()
+    return (micro.weights * loss).sum(), sums, torch.stack([ratio.max(), gap])
 
 
 # -------------------------------------------------------------------------------- a step in numbers
 
 
-def count(sampled, batch, student, reference):
+def count_tokens_and_flops(responses, batch, models):
     """
-    Over all ranks: tokens, and FLOPs of a forward, of all responses ("sampled") and of those in
-    the loss; and the longest response.
+    Over all ranks: tokens of all responses and of the `batch` in the loss; FLOPs of a forward over
+    all responses ("sampled_flops"), and of each model over the batch.
     """
     own = {
-        "tokens": sum(len(r.tokens) for r in sampled),
+        "tokens": sum(len(r.tokens) for r in responses),
         "loss_tokens": sum(len(r.tokens) for r in batch),
+        "reference_flops": 0,
     }
-    for name, model, rows in (
-        ("sampled", student, sampled),
-        ("student", student, batch),
-        ("reference", reference, batch),
-    ):
-        own[name] = forward_flops(model.config, [len(r.prompt) + len(r.tokens) for r in rows])
-    sums = all_reduce(torch.tensor([*own.values()], dtype=torch.float64)).tolist()
-    longest = torch.tensor(max(len(r.tokens) for r in sampled))
-    return dict(zip(own, sums)) | {"longest": all_reduce(longest, dist.ReduceOp.MAX).item()}
+    for name, rows in {"sampled": responses, **dict.fromkeys(models, batch)}.items():
+        config = models.get(name, models["student"]).config
+        lengths = [len(r.prompt) + len(r.tokens) for r in rows]
+        own[f"{name}_flops"] = forward_flops(config, lengths)
+    return dict(zip(own, all_reduce(torch.tensor([*own.values()], dtype=torch.float64)).tolist()))
 
 
-def metrics_row(cfg, state, rewards, cut, in_loss, totals, sums, extremes):
+def metrics_row(cfg, state, rewards, truncated, in_loss, totals, sums, largest):
     """FLOPs: sampling, the reference, and three forwards for each update."""
     updates, tokens = cfg.updates_per_batch, max(1, totals["loss_tokens"])
-    spent = totals["sampled"] + totals["reference"] + 3 * updates * totals["student"]
+    spent = totals["sampled_flops"] + totals["reference_flops"]
+    spent += 3 * updates * totals["student_flops"]
     state["tflops"] += spent / 1e12
     loss, *means = (x / updates for x in sums)
-    entropy, kl, clipped, correction = (x / tokens for x in means)
+    entropy, kl, clip_share, correction = (x / tokens for x in means)
     reward = rewards.nanmean()  # NaN without a verdict
     equal = (group_advantages(rewards) == 0).all(1)
     return {
@@ -321,17 +326,15 @@ def metrics_row(cfg, state, rewards, cut, in_loss, totals, sums, extremes):
         "reward_mean": None if reward.isnan() else reward.item(),
         "equal_groups": equal.double().mean().item(),
         "ungraded": rewards.isnan().sum().item(),
-        "masked": (~in_loss).sum().item(),
+        "not_in_loss": (~in_loss).sum().item(),
         "student_entropy": entropy,
-        "kl_to_reference": kl,
-        "clip_fraction": clipped,
+        "kl_to_reference": kl if cfg.reference or cfg.kl_coef else None,
+        "clip_fraction": clip_share,
         "importance_weight": correction,
-        "ratio_min": -extremes[0],
-        "ratio_max": extremes[1],
-        "logprob_gap_max": extremes[2],
-        "mean_length": totals["tokens"] / len(cut),
-        "max_length": totals["longest"],
-        "truncated_share": cut.double().mean().item(),
+        "ratio_max": largest[0],
+        "logprob_gap_max": largest[1],
+        "mean_length": totals["tokens"] / len(truncated),
+        "truncated_share": truncated.double().mean().item(),
         "tokens": int(totals["tokens"]),
         "tflops": state["tflops"],
     }
@@ -347,8 +350,8 @@ COLUMNS = dict(
 
 def main(argv):
     cfg, origin = load_config(Config, argv)
-    rank, world, device = init_processes(cfg.collective_timeout)
-    validate(cfg, world)
+    device = init_processes(cfg.collective_timeout)
+    validate(cfg, WORLD)
     problems, held_out = load_problems(cfg.prompts), []
     for number, problem in enumerate(problems, 1):
         if not problem["answer"]:
@@ -364,20 +367,17 @@ def main(argv):
     identity = {
         "script": Path(__file__).stem,
         "student": cfg.student,
-        "reference": model_revision(path),
+        "reference": model_revision(path) if cfg.reference or cfg.kl_coef else None,
     }
     state, checkpoint = start_run(cfg, (path, cfg.student, cfg.prompts, cfg.eval_data), identity)
-    # Masters are in fp32, and so is the reference: in another dtype the same weights would be 0.01
-    # nats apart at the start.
     student = load_model(cfg.student, torch.float32, device, cfg.gradient_checkpointing)
-    reference = load_model(path, torch.float32, device)
-
-    dtype = getattr(torch, cfg.dtype)
-    vocab_size = min(len(lm_head(student)), len(lm_head(reference)))
-    limits = (
-        min(model.config.max_position_embeddings for model in (student, reference)),
-        vocab_size,
-    )
+    models, dtype = {"student": student}, getattr(torch, cfg.dtype)
+    if identity["reference"]:
+        # In fp32 as the masters: in another dtype the same weights would be 0.01 nats apart.
+        models["reference"] = load_model(path, torch.float32, device)
+    vocab_size = min(len(lm_head(model)) for model in models.values())
+    positions = min(model.config.max_position_embeddings for model in models.values())
+    limits = positions, vocab_size
     usable = usable_prompts(cfg.prompts, problems, tokenizer, cfg.max_new_tokens, *limits)
     prompts, golds = list(usable.values()), [problems[i]["answer"] for i in usable]
     if held_out:
@@ -408,95 +408,91 @@ def main(argv):
     save = partial(save_checkpoint, cfg, student, tokenizer, optimizer, state)
     open_run(cfg, origin, state)  # from here on files are written
     start_step = state["step"]
-    print0(f"{len(prompts)} prompts, {world} process(es) on {device.type}, from step {start_step}")
+    print0(f"{len(prompts)} prompts, {WORLD} process(es) on {device.type}, from step {start_step}")
     catch_signals()
 
-    def logps_of(model, micro):  # log-probs and entropies (N,) of its tokens; the latter detached
+    def logps_of(model, micro):  # log-probs, and detached entropies, (N,)
         hidden = response_hidden(model, micro.sequences, dtype)
         return linear_logp(hidden, lm_head(model)[:vocab_size], micro.targets)
 
-    for step in range(start_step, cfg.max_steps + 1):  # batches so far; the last only evaluates
+    for step in range(start_step, cfg.max_steps + 1):  # trained so far; the last only evaluates
         state["step"] = step
         end_on_signal(save, step)
         engine.sync()
 
         # 0. evaluation, checkpoint. A resumed run has done these already at its first step.
-        is_new, over, is_best = step > state["looked"], step == cfg.max_steps, False
+        is_new, over, is_best = step > state["last_eval_step"], step == cfg.max_steps, False
         if is_new and cfg.eval_every and (over or step % cfg.eval_every == 0):
             metrics, records = evaluate(
                 engine, tokenizer, held_out, eval_sampling, cfg.eval_samples, cfg.seed
             )
             is_best = log_evaluation(cfg, state, "student", metrics, records)
-        state["looked"] = step
+        state["last_eval_step"] = step
         if is_new and step > 0 and (is_best or over or step % cfg.save_every == 0):
             save()
         if over:
             break
 
-        # 1. rollouts: responses, not groups, are dealt to ranks; seeds belong to their places
+        # 1. rollouts: this rank's share of the responses; a group may be split over ranks
         timer = Timer(device)
         slots = deal(len(prompts), step, cfg.prompts_per_step, cfg.seed, cfg.group_size)
         asked = [prompts[i] for _, i, _ in slots]
         rollouts, gaps = engine.generate(asked, sampling, [seed for _, _, seed in slots]), {}
         if step == start_step or step % cfg.check_sync_every == 0:
-            gaps = check_logprobs(engine, asked, rollouts)
-        sampled = [
+            _, gaps = score(engine, asked, rollouts)
+        responses = [
             Sampled(prompts[i], tokens, logps, reason == "length", place, golds[i])
             for (place, i, _), (tokens, logps, reason) in zip(slots, rollouts)
         ]
         timer.lap("rollout")
 
         # 2. rewards, shared with all ranks; advantages within the groups; who is in the loss
-        rewards, cut = rewards_and_cuts(cfg, sampled, tokenizer)
+        rewards, truncated = share_rewards(cfg, responses, tokenizer)
         advantages = group_advantages(rewards, cfg.scale_rewards).flatten().tolist()
-        in_loss = ~rewards.flatten().isnan() & ~(cut & cfg.mask_truncated)
-        batch = [response for response in sampled if in_loss[response.place]]
-        totals = count(sampled, batch, student, reference)
-        norm = (
-            in_loss.sum().item(),
-            totals["loss_tokens"],
-            cfg.loss_type,
-            len(cut) * cfg.max_new_tokens,
-        )
+        in_loss = ~rewards.flatten().isnan() & ~(truncated & cfg.mask_truncated)
+        batch = [response for response in responses if in_loss[response.place]]
+        totals = count_tokens_and_flops(responses, batch, models)
+        constant = len(truncated) * cfg.max_new_tokens
+        divided_by = in_loss.sum().item(), totals["loss_tokens"], cfg.loss_type, constant
         lengths = [len(response.prompt) + len(response.tokens) for response in batch]
         micros = [
-            MicroBatch([batch[i] for i in picked], advantages, norm, device)
+            MicroBatch([batch[i] for i in picked], advantages, divided_by, device)
             for picked in microbatches(lengths, cfg.max_tokens_per_microbatch)
         ]
         timer.lap("reward")
 
-        # 3. - 4. loss and gradient of the whole batch, one sum over ranks, clip, step; repeated
+        # 3. updates_per_batch times: loss and gradient of the batch, sum over ranks, clip, step
         own_sums = torch.zeros(5, device=device)  # loss; over tokens: H(q), k3, clipped, c
-        most = torch.tensor([-1.0, 1.0, 0.0], device=device)  # -r, r, |log q_old / q_sampler|
+        largest = torch.tensor([1.0, 0.0], device=device)  # r, |log q_old / q_sampler|
         rate = cfg.learning_rate * min(1, (step + 1) / max(1, cfg.warmup_steps))
         grad_norm = 0.0
         for _ in range(cfg.updates_per_batch if totals["loss_tokens"] else 0):
             for micro in micros:
-                if micro.ref_logps is None:
+                if "reference" in models and micro.ref_logps is None:
                     with torch.no_grad():
-                        micro.ref_logps, _ = logps_of(reference, micro)
+                        micro.ref_logps, _ = logps_of(models["reference"], micro)
                     timer.lap("reference")
                 logps, entropy = logps_of(student, micro)
                 if micro.old_logps is None:
                     micro.old_logps = logps.detach()
-                loss, stats, peaks = micro_loss(cfg, micro, logps)
+                loss, stats, maxima = micro_loss(cfg, micro, logps)
                 loss.backward()
                 own_sums += torch.stack([loss.detach(), entropy.sum(), *stats])
-                most = torch.maximum(most, peaks)
+                largest = torch.maximum(largest, maxima)
                 timer.lap("student")
-            norm = clip_gradients(parameters, cfg.max_grad_norm)
-            grad_norm = max(grad_norm, norm)
-            stop_unless_finite(cfg, step + 1, own_sums[0].item(), norm)
+            update_norm = clip_gradients(parameters, cfg.max_grad_norm)
+            grad_norm = max(grad_norm, update_norm)
+            stop_unless_finite(cfg, step + 1, own_sums[0].item(), update_norm)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             timer.lap("optimizer")
 
-        # 5. log: means over the updates, the largest gradient norm
-        extremes = all_reduce(most, dist.ReduceOp.MAX).tolist()
+        # 4. log: means over the updates, the largest gradient norm
+        largest = all_reduce(largest, dist.ReduceOp.MAX).tolist()
         sums = all_reduce(own_sums).tolist()
-        row = metrics_row(cfg, state, rewards, cut, in_loss, totals, sums, extremes)
+        row = metrics_row(cfg, state, rewards, truncated, in_loss, totals, sums, largest)
         row |= {
             "step": step + 1,
             "grad_norm": grad_norm,

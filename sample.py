@@ -29,15 +29,17 @@ from data.problems import load_problems
 from engine import (
     HFEngine,
     Sampling,
-    check_logprobs,
     choose_engine,
     fingerprint,
     forward_flops,
     make_engine,
     model_revision,
+    score,
 )
 from trajectories import SHARDS, Sampled, finished, write_shard
 from utils import (
+    RANK,
+    WORLD,
     UserError,
     barrier,
     check_ranges,
@@ -213,11 +215,11 @@ def check_disk(cfg, token_bytes, to_write, there):
         )
 
 
-def prepare_folder(out_dir, tokenizer, rank, overwrite):
+def prepare_folder(out_dir, tokenizer, overwrite):
     """Delete what a kill left behind, or with `overwrite` all shards. All ranks call it."""
     barrier()                               # until here other ranks may still read the shards
     out_dir.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
+    if RANK == 0:
         for path in out_dir.glob(f"{SHARDS}.*"):
             whole = path.with_suffix(".safetensors").exists()       # false for a .tmp, too
             if overwrite or not whole:
@@ -291,7 +293,7 @@ def readable(row, problem, tokenizer):
 def main(argv):
     cfg, origin = load_config(Config, argv)
     check_ranges(cfg)
-    rank, world, device = init_processes()
+    device = init_processes()
     out_dir = Path(cfg.out_dir)
     if out_dir.is_file():
         raise UserError(f"out_dir={cfg.out_dir!r} is a file; choose another name")
@@ -334,13 +336,13 @@ def main(argv):
         token_bytes += model.config.hidden_size * hidden_dtype.itemsize
     print_config(cfg, origin)
     check_disk(cfg, token_bytes, len(todo), len(done))
-    prepare_folder(out_dir, tokenizer, rank, cfg.overwrite)
+    prepare_folder(out_dir, tokenizer, cfg.overwrite)
 
     # 3. are the engine's log-probs the model's? Ranks that have nothing to do take part
-    mine = todo[rank::world]
+    mine = todo[RANK::WORLD]
     probe = [prompts[i] for i, _ in mine[:8]]
     short = dataclasses.replace(sampling, max_new_tokens=min(64, cfg.max_new_tokens))
-    check_logprobs(engine, probe, engine.generate(probe, short, range(len(probe))))
+    score(engine, probe, engine.generate(probe, short, range(len(probe))))
 
     # 4. sample, and write a shard whenever one is full
     paths = {"model": cfg.model, "student": cfg.student, "prompts": cfg.prompts}
@@ -349,11 +351,11 @@ def main(argv):
     tokens_done = 0
     flops = 0
     stream = responses(cfg, engine, sampling, prompts, mine)
-    bar = tqdm(stream, total=len(mine), unit=" responses", disable=rank > 0, mininterval=1)
+    bar = tqdm(stream, total=len(mine), unit=" responses", disable=RANK > 0, mininterval=1)
     for rows in in_shards(cfg, token_bytes, bar):
         hidden = hidden_states(engine, rows, hidden_dtype) if cfg.cache_hidden else []
         lines = [readable(row, problems[row.prompt_index], tokenizer) for row in rows]
-        while (path := out_dir / f"{rank:03d}_{number:05d}.safetensors").exists():
+        while (path := out_dir / f"{RANK:03d}_{number:05d}.safetensors").exists():
             number += 1
         write_shard(path, rows, hidden, metadata, lines)
 

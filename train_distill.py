@@ -4,9 +4,9 @@ Distil a teacher LLM into a smaller student.
     python train_distill.py configs/toy_opd.py                        # CPU, about two minutes
     torchrun --nproc_per_node=8 train_distill.py configs/opd_8b.py    # Qwen3-8B -> Qwen3-0.6B-Base
 
-p = teacher, q = student: next-token distributions at each response token, after a prefix
-s = prompt + response so far.
-    prefix           who wrote the response the loss is taken on: "teacher" or "student"
+Equations and sections are those of arXiv 2605.16826. p = teacher, q = student: next-token
+distributions at each response token, after its prefix s = prompt + response so far.
+    prefix           which model wrote the responses that the prefixes are of
     reverse_weight   lam in  L(s) = lam KL(q||p) + (1 - lam) KL(p||q)                      (Eq. 4)
 
                      lam = 0, forward KL(p||q)          lam = 1, reverse KL(q||p)
@@ -17,7 +17,6 @@ Nothing is differentiated through sampling: prefixes are data. N response tokens
 micro-batch, H and H_t are the hidden sizes of student and teacher, V and V_t their vocabularies.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,11 +31,12 @@ from torch.distributed.fsdp import (
 )
 
 from data.problems import load_problems
-from engine import Sampling, check_logprobs, choose_engine, forward_flops, make_engine
+from engine import Sampling, choose_engine, forward_flops, make_engine, score
 from grade import evaluate
 from kernels import linear_kl, linear_logp
 from trajectories import Response, Trajectories, load_head
 from utils import (
+    RANK,
     WORLD,
     Timer,
     UserError,
@@ -56,9 +56,9 @@ from utils import (
     log_evaluation,
     log_step,
     microbatches,
-    need,
     open_run,
     print0,
+    require,
     response_hidden,
     run,
     save_checkpoint,
@@ -75,7 +75,7 @@ class Config:
     student: str = "Qwen/Qwen3-0.6B-Base"  # folder or hub name
     teacher: str | None = "Qwen/Qwen3-4B"  # None: SFT on hard labels, no teacher
     prompts: str = "data/deepscaler.jsonl"  # JSONL with problem, answer (and solution)
-    trajectories: str | None = None  # what sample.py wrote; None: the teacher writes anew each step
+    trajectories: str | None = None  # a folder of sample.py, for prefix="teacher"
     prefix: Literal["teacher", "student"] = "student"
     reverse_weight: float = 1.0  # lam in [0, 1]
     loss_norm: Literal["token", "sequence"] = "token"  # mean over tokens, or of sequence means
@@ -90,18 +90,21 @@ class Config:
     max_grad_norm: float = 1.0  # inf never clips
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # compute; master weights are always fp32
     max_tokens_per_microbatch: int = 16384  # padded tokens in a forward; the result is the same
-    gradient_checkpointing: bool = False  # keep a layer's input only, run it again in the backward
+    gradient_checkpointing: bool = (
+        False  # store layers' inputs only, run them again in the backward
+    )
     # evaluation on a fixed held-out set
     eval_data: str = "data/math500.jsonl"
     eval_every: int = 30  # steps; 0: never
-    eval_prompts: int = 200  # the first so many of eval_data
+    eval_prompts: int = 200  # the first ones of eval_data
     eval_samples: int = 1  # k of Avg@k and Pass@k
     eval_max_new_tokens: int = 4096
     eval_temperature: float = 0.6
     eval_top_p: float = 0.95
     eval_teacher: bool = False  # measure the teacher too, once
+    eval_kl: bool = False  # measure both KLs on the student's held-out responses
     # the run
-    save_every: int = 40  # steps; the end of the run and a new best are always saved
+    save_every: int = 40  # steps; also saved: gates, new bests after step 0, the end
     keep: int = 10  # newest checkpoints that stay, besides `best`
     seed: int = 42
     resume: bool = False  # go on from the newest checkpoint in out_dir, if there is one
@@ -120,13 +123,14 @@ class Config:
     # processes (torchrun)
     fsdp: bool = False  # shard student and teacher over them; else each holds both whole
     collective_timeout: float = 1800.0  # seconds that one waits for the others before all end
-    # entropy-gated length curriculum (section 5.2)
+    # Entropy-gated length curriculum (section 5.2). A rung is a horizon. After steps_per_horizon
+    # updates its gate measures the student's entropy, by a response to each of the eval_prompts at
+    # T = 1 with top_p and top_k, and opens the next rung or closes for good.
     horizons: tuple[int, ...] = ()  # rungs, short to long; (): max_new_tokens throughout
-    steps_per_horizon: int = 160  # updates on a rung before its gate; the last rung has the rest
-    gate_prompts: int = 200  # the first so many of eval_data, one response each at T = 1
+    steps_per_horizon: int = 160  # the last rung has the rest of max_steps
     entropy_floor: float = 0.5  # H_min, as a fraction of the first rung's entropy or in nats
     floor_unit: Literal["first_rung", "nats"] = "first_rung"
-    on_gate_closed: Literal["hold", "stop", "rollback"] = "hold"  # see Curriculum
+    on_gate_closed: Literal["hold", "stop", "rollback"] = "hold"  # see `pass_gate`
 
 
 # Where the paper (arXiv 2605.16826) is silent or contradicts itself, we
@@ -142,52 +146,37 @@ class Config:
 
 
 def validate(cfg, world):
-    """UserError for every combination that cannot work, before anything is loaded."""
+    """UserError for settings that cannot work together, before anything is loaded."""
     check_ranges(cfg)
-    need(
-        0 <= cfg.reverse_weight <= 1,
-        cfg,
-        "reverse_weight",
-        "must be in [0, 1]; 0 is forward KL, 1 reverse KL",
-    )
-    need(
-        cfg.batch_size % world == 0,
-        cfg,
-        "batch_size",
-        f"must be a multiple of the {world} processes; try {-(-cfg.batch_size // world) * world}",
-    )
-    need(
+    require(
+        0 <= cfg.reverse_weight <= 1, cfg, "reverse_weight",
+        "must be in [0, 1]; 0 is forward KL, 1 reverse KL")
+    require(
+        cfg.batch_size % world == 0, cfg, "batch_size",
+        f"must be a multiple of the {world} processes; try {-(-cfg.batch_size // world) * world}")
+    require(
         list(cfg.horizons) == sorted({*cfg.horizons}) and 0 < min(cfg.horizons, default=1),
-        cfg,
-        "horizons",
-        "must be positive and grow from rung to rung",
-    )
-    need(
-        cfg.floor_unit == "nats" or cfg.entropy_floor <= 1,
-        cfg,
-        "entropy_floor",
-        'above 1 x the entropy of the first rung none opens; lower it, or set floor_unit="nats"',
-    )
-    need(
-        cfg.prefix == "teacher" or not cfg.trajectories,
-        cfg,
-        "trajectories",
-        'what is on disk was not written by this student; set prefix="teacher"',
-    )
-    hard = cfg.prefix == "teacher" and cfg.reverse_weight == 0 and not cfg.eval_teacher
-    need(
-        cfg.teacher or hard,
-        cfg,
-        "teacher",
-        'SFT on hard labels needs prefix="teacher", '
-        "reverse_weight=0 (reverse KL to a hard label is infinite) and eval_teacher=False",
-    )
+        cfg, "horizons",
+        "must be positive and grow from rung to rung")
+    require(
+        cfg.floor_unit == "nats" or cfg.entropy_floor <= 1, cfg, "entropy_floor",
+        'above 1 x the entropy of the first rung none opens; lower it, or set floor_unit="nats"')
+    require(
+        cfg.prefix == "teacher" or not cfg.trajectories, cfg, "trajectories",
+        'what is on disk was not written by this student; set prefix="teacher"')
+    require(
+        cfg.teacher
+        or cfg.prefix == "teacher"
+        and not (cfg.reverse_weight or cfg.eval_teacher or cfg.eval_kl),
+        cfg, "teacher",
+        'SFT on hard labels needs prefix="teacher", reverse_weight=0 (reverse KL to a hard '
+        "label is infinite), eval_teacher=False and eval_kl=False")
 
 
 # ---------------------------------------------------------------------------------------- prefixes
 
 
-def prefix_source(cfg):
+def response_source(cfg):
     """
     Where this run's responses come from: "student" or "teacher" writes them anew in each step, or
     they are on "disk", as trajectories or, for SFT without a teacher, as the file's solutions.
@@ -196,41 +185,44 @@ def prefix_source(cfg):
         return "disk"
     if cfg.prefix in ("teacher", "student"):
         return cfg.prefix
-    raise ValueError(f"prefix={cfg.prefix!r}: your own source needs a branch in `prefixes` too")
+    raise ValueError(
+        f"prefix={cfg.prefix!r}: your own source needs a branch in `get_responses` too"
+    )
 
 
-def prefixes(cfg, slots, horizon, data, models, engines, check):
+def get_responses(cfg, slots, horizon, data, models, engines, check):
     """
-    One Response for each (place, index, seed) of `slots`, cut at the horizon. Second, where `check`
-    is set and a model has written: how far the engine's log-probs are from the model's.
+    (responses, gaps): a Response for each (place in the step, index of the prompt, seed) of
+    `slots`, cut at the horizon; and, where `check` is set and a model has written them, how far
+    the engine's log-probs are from the model's, else {}.
     """
-    source, gaps = prefix_source(cfg), {}
+    source, gaps = response_source(cfg), {}
+    _, indices, seeds = zip(*slots)
     if source == "disk":
-        batch = [data.responses[i] for _, i, _ in slots]
+        batch = [data.responses[i] for i in indices]
     else:
-        engine, prompts = engines[source], [data.prompts[i] for _, i, _ in slots]
+        engine, prompts = engines[source], [data.prompts[i] for i in indices]
         sampling = Sampling(horizon, models.stops[source], cfg.temperature, cfg.top_p, cfg.top_k)
-        rollouts = engine.generate(prompts, sampling, [seed for _, _, seed in slots])
+        rollouts = engine.generate(prompts, sampling, seeds)
         if check:
-            gaps = check_logprobs(engine, prompts, rollouts)
+            _, gaps = score(engine, prompts, rollouts)
         batch = [
             Response(prompt, tokens, reason == "stop")
             for prompt, (tokens, _, reason) in zip(prompts, rollouts)
         ]
-    # What is on disk may be longer than the horizon that is open.
-    batch = [
+    # What is on disk may be longer than the present horizon.
+    return [
         Response(
             r.prompt, r.tokens[:horizon], r.ended and len(r.tokens) <= horizon, r.hidden[:horizon]
         )
         for r in batch
-    ]
-    return batch, gaps
+    ], gaps
 
 
 # ---------------------------------------------------------------------------------------- the loss
 
 
-def token_weights(cfg, micro, tokens):
+def token_weights(cfg, micro, step_tokens):
     """
     What each token's KL is multiplied by, (N,) fp32. With loss_norm = "token" it is 1 / tokens of
     the whole step, over all ranks and micro-batches: the loss is a mean over tokens. With
@@ -238,15 +230,16 @@ def token_weights(cfg, micro, tokens):
     """
     weights = []
     for n in (len(response.tokens) for response in micro):
-        whole = tokens if cfg.loss_norm == "token" else n * cfg.batch_size
-        weights += [1 / max(1, whole)] * n
+        denominator = step_tokens if cfg.loss_norm == "token" else n * cfg.batch_size
+        weights += [1 / max(1, denominator)] * n
     return torch.tensor(weights)
 
 
 def teacher_hidden(models, micro):
     """
     The teacher's hidden states (N, H_t) at the response tokens of a micro-batch, and its LM head
-    (V_t, H_t): from a forward, or from the disk, where the head is all that was loaded.
+    (V_t, H_t). They come from a forward; or, where hidden states are cached, from the disk: then
+    models.teacher is None, for the head is all that was loaded.
     """
     if models.teacher is None:
         cached = [response.hidden.to(models.head_p) for response in micro if response.tokens]
@@ -258,14 +251,48 @@ def teacher_hidden(models, micro):
 
 def hard_label_loss(h_q, W_q, micro, weight):
     """
-    Cross-entropy on the tokens themselves, which is the forward KL to a one-hot p: the Monte-Carlo
-    form of forward KL on teacher prefixes. Results as `linear_kl`'s.
+    Cross-entropy on the tokens themselves: the KL(p||q) of a one-hot p. Over responses that the
+    teacher samples its mean is KL(p||q) + H(p), so the gradient is forward KL's and the value is
+    not. Results as `linear_kl`'s, zero where a one-hot p has none.
     """
-    targets = [token for response in micro for token in response.tokens]
-    targets = torch.tensor(targets, dtype=torch.long, device=h_q.device)
-    logps, entropy = linear_logp(h_q, W_q, targets)
+    targets = torch.tensor([token for r in micro for token in r.tokens], dtype=torch.long)
+    logps, entropy = linear_logp(h_q, W_q, targets.to(h_q.device))
     zeros = torch.zeros_like(entropy)
     return -(weight * logps).sum(), -logps.detach(), zeros, entropy, zeros
+
+
+PER_TOKEN = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy")
+
+
+def loss_and_gradient(cfg, models, batch, timer):
+    """
+    Add the gradient of L (Eq. 4) on this rank's responses to the student's, where gradients are
+    on. Returns numbers of the whole step, over all ranks: those of `split`, the loss, and means
+    over response tokens of KL(p||q), KL(q||p), H(q) and H(p), in nats.
+
+    `linear_kl` gives the sum of weight x the mixed KL, ready for a backward, then those four for
+    each token, (N,), unweighted and detached. A loss of your own gives the same.
+    """
+    micros, step = split(cfg, batch, models)
+    student, sums = models.student, torch.zeros(5, device=models.student.device)
+    for micro in micros:
+        weight = token_weights(cfg, micro, step["tokens"]).to(sums)  # (N,)
+        if cfg.teacher:
+            h_p, W_p = teacher_hidden(models, micro)  # (N, H_t), (V_t, H_t)
+        timer.lap("teacher")
+        h_q = response_hidden(student, [r[:2] for r in micro], models.dtype)  # (N, H)
+        W_q = lm_head(student)  # (V, H); after the forward, in which FSDP has gathered it
+        if cfg.teacher:
+            loss, *stats = linear_kl(h_q, W_q, h_p, W_p, weight, cfg.reverse_weight)
+        else:
+            loss, *stats = hard_label_loss(h_q, W_q, micro, weight)
+        if torch.is_grad_enabled():
+            loss.backward()
+        sums += torch.stack([loss.detach(), *(per_token.sum() for per_token in stats)])
+        timer.lap("student")
+    loss, *sums = all_reduce(sums).tolist()
+    means = [x / max(1, step["tokens"]) for x in sums]
+    return step | dict(zip(PER_TOKEN, means), loss=loss)
 
 
 # ---------------------------------------------------------------------------------- the curriculum
@@ -273,24 +300,17 @@ def hard_label_loss(h_q, W_q, micro, weight):
 
 def gate(entropies, floor, unit):
     """
-    The curriculum's rule (section 5.2). entropies: H_0 ... H_m, nats per token, at the ends of the
+    The curriculum's rule (section 5.2). entropies: E_0 ... E_m, nats per token, at the ends of the
     rungs so far.
 
-        rung m + 1 opens  iff  H_i >= H_min for every i <= m
-        H_min = floor (unit = "nats")  or  floor * H_0 (unit = "first_rung")
+        rung m + 1 opens  iff  E_i >= E_min for every i <= m
+        E_min = floor (unit = "nats")  or  floor * E_0 (unit = "first_rung")
 
-    So once closed it stays closed, and length plays no part. Returns (whether the next rung opens,
-    H_min); (False, None) before the first measurement. UserError when an entropy is not finite.
+    So once closed it stays closed, and the first gate always opens with "first_rung". Returns
+    (whether the next rung opens, E_min). An entropy that is not a number closes the gate.
     """
-    if not entropies:
-        return False, None
-    if not all(map(math.isfinite, entropies)):
-        raise UserError(
-            f"the gate measured entropies {entropies}: not finite, so the weights are "
-            f"broken; begin at an earlier checkpoint with a lower learning_rate"
-        )
     h_min = floor * entropies[0] if unit == "first_rung" else floor
-    return min(entropies) >= h_min, h_min
+    return all(entropy >= h_min for entropy in entropies), h_min
 
 
 # The curriculum's part of the training state, which is saved and resumed with it: the number of
@@ -301,7 +321,7 @@ def ladder(cfg):
     return cfg.horizons or (cfg.max_new_tokens,)  # a fixed horizon is a ladder of one
 
 
-def open_horizon(cfg, state):
+def current_horizon(cfg, state):
     return ladder(cfg)[: state["rung"] + 1][-1]
 
 
@@ -317,9 +337,9 @@ def pass_gate(cfg, state, models, data, engine, optimizer):
     for good. Closed, on_gate_closed = "hold" goes on at the rung that failed, "stop" ends the run,
     and "rollback" goes back to weights, optimiser and horizon of the rung before, if there is one.
     """
-    horizon, began = open_horizon(cfg, state), state["rung_began"]
+    horizon, began = current_horizon(cfg, state), state["rung_began"]
     sampling = Sampling(horizon, models.stops["student"], 1.0, cfg.top_p, cfg.top_k)
-    held_out = data.held_out[: cfg.gate_prompts]
+    held_out = data.held_out[: cfg.eval_prompts]
     metrics, records = evaluate(engine, models.template, held_out, sampling, 1, cfg.seed)
     state["entropies"].append(metrics["entropy"])
     opens, h_min = gate(state["entropies"], cfg.entropy_floor, cfg.floor_unit)
@@ -335,9 +355,8 @@ def pass_gate(cfg, state, models, data, engine, optimizer):
         "gate": "open" if opens else "closed",
         "horizon": horizon,
         "entropy_floor": h_min,
-        "next_horizon": open_horizon(cfg, state),
-        "entropies": state["entropies"],
-    }
+        "next_horizon": current_horizon(cfg, state),
+        "entropies": state["entropies"]}
     log_evaluation(cfg, state, "gate", metrics, records)
     print0(
         f"gate {metrics['gate']}: entropy {metrics['entropy']:.3f}, floor {h_min:.3f}; horizon "
@@ -357,8 +376,8 @@ class Models:
     tokenizer: object  # the student's, with the teacher's chat template: it goes into checkpoints
     template: object  # the tokenizer that makes the prompts and reads the responses
     vocab_size: int  # ids below it have a row in both embeddings
-    positions: int  # that both models have
-    stops: dict  # what ends a response: the student's "own" ids, those for "student" or "teacher"
+    positions: int  # the smallest max_position_embeddings of the models that are loaded
+    stops: dict  # ids that end a response of "student" or "teacher"; "own": of the student at first
 
 
 def load_models(cfg, trajectories, device):
@@ -374,12 +393,9 @@ def load_models(cfg, trajectories, device):
     student = load_model(cfg.student, torch.float32, host, cfg.gradient_checkpointing)
     models, heads, teacher, head_p = [student], [lm_head(student)], None, None
     if trajectories and trajectories.cached:
-        need(
-            not cfg.eval_teacher,
-            cfg,
-            "eval_teacher",
-            "beside cached hidden states only the teacher's LM head is loaded; set it False",
-        )
+        require(
+            not (cfg.eval_teacher or cfg.eval_kl), cfg, "trajectories",
+            "of the teacher only its LM head is loaded: set eval_teacher and eval_kl False")
         head_p = load_head(cfg.teacher, trajectories).to(device, dtype)
         heads.append(head_p)
     elif cfg.teacher:
@@ -391,13 +407,15 @@ def load_models(cfg, trajectories, device):
     for model in models if sharded else ():
         shard(model, dtype)
 
-    own = stop_ids(student.generation_config, tokenizer)
-    theirs = stop_ids(teacher.generation_config, template) if teacher else []
-    written = trajectories.settings["stop_ids"] if trajectories else []
-    stops = {"own": own, "student": own, "teacher": sorted({*own, *theirs, *written})}
+    own_ids = stop_ids(student.generation_config, tokenizer)
+    teacher_ids = stop_ids(teacher.generation_config, template) if teacher else []
+    disk_ids = trajectories.settings["stop_ids"] if trajectories else []
+    either = sorted({*own_ids, *teacher_ids, *disk_ids})
+    stops = {"own": own_ids, "student": own_ids, "teacher": either}
     if cfg.stop == "union":
         stops["student"] = stops["teacher"]
-    student.generation_config.eos_token_id = stops["student"]  # for who loads its checkpoints
+    # Whoever loads a checkpoint stops there too.
+    student.generation_config.eos_token_id = stops["student"]
     return Models(
         student, teacher, head_p, dtype, tokenizer, template, vocab_size, positions, stops
     )
@@ -422,12 +440,12 @@ def shard(model, dtype):
 @dataclass
 class Data:
     held_out: list  # (problem, its prompt's ids), for evaluations and the gate
-    prompts: list  # ids of each training prompt
+    prompts: list  # ids of each training prompt; [] with trajectories, which have them
     responses: object = None  # Trajectories, or a Response to each prompt; None: a model writes
 
 
 def encode_data(cfg, models, trajectories, problems, held_out):
-    """What leaves room for the longest horizon, as token ids."""
+    """The data as token ids; prompts that leave no room for the longest horizon are left out."""
     limits, horizon = (models.positions, models.vocab_size), ladder(cfg)[-1]
     data = Data([], [], trajectories)
     if held_out:
@@ -440,8 +458,7 @@ def encode_data(cfg, models, trajectories, problems, held_out):
     usable = usable_prompts(cfg.prompts, problems, models.template, horizon, *limits)
     data.prompts = list(usable.values())
     if cfg.teacher is None:
-        own, end = models.stops["own"], models.tokenizer.eos_token_id
-        end = end if end in own else own[0]
+        end = models.stops["own"][0]
         data.responses = []
         for i, prompt in usable.items():
             solution = problems[i]["solution"]
@@ -462,7 +479,7 @@ def make_engines(cfg, models, data, device):
     evaluations use transformers.
     """
     kinds = {"student": choose_engine(cfg.engine, device), "teacher": "hf"}
-    if prefix_source(cfg) == "teacher":
+    if response_source(cfg) == "teacher":
         kinds = {"student": "hf", "teacher": kinds["student"]}
     prompts = data.prompts + [prompt for _, prompt in data.held_out]
     longest = max(map(len, prompts), default=0) + max(ladder(cfg)[-1], cfg.eval_max_new_tokens)
@@ -481,55 +498,50 @@ def make_engines(cfg, models, data, device):
 def split(cfg, batch, models):
     """
     Micro-batches of this rank's responses, and what the whole step has over all ranks: "tokens" of
-    responses, how many are "truncated", the "longest", and the FLOPs of a forward of the "student"
-    and the "teacher". Every rank has equally many micro-batches, for with FSDP each forward is a
-    collective: an empty response fills up what lacks.
+    responses, how many are "truncated", the "max_length", and "student_flops", "teacher_flops" of a
+    forward. Every rank has equally many micro-batches, for with FSDP each forward is a collective:
+    a rank with fewer gets some of an empty response.
     """
     responses = [len(response.tokens) for response in batch]
     lengths = [len(response.prompt) + n for response, n in zip(batch, responses)]
     own = {
         "tokens": sum(responses),
         "truncated": sum(not response.ended for response in batch),
-        "student": forward_flops(models.student.config, lengths),
-        "teacher": 0,
-    }
-    if models.teacher:
-        own["teacher"] = forward_flops(models.teacher.config, lengths)
+        "student_flops": forward_flops(models.student.config, lengths),
+        "teacher_flops": forward_flops(models.teacher.config, lengths) if models.teacher else 0}
     sums = all_reduce(torch.tensor([*own.values()], dtype=torch.float64))
     micros = [
         [batch[i] for i in picked]
         for picked in microbatches(lengths, cfg.max_tokens_per_microbatch)
     ]
-    most = torch.tensor([max(responses), len(micros)])
+    most = torch.tensor([max(responses, default=0), len(micros)])
     longest, forwards = all_reduce(most, dist.ReduceOp.MAX).tolist()
     micros += [[Response([0], [], True)]] * (forwards - len(micros))
-    return micros, dict(zip(own, sums.tolist())) | {"longest": longest}
+    return micros, dict(zip(own, sums.tolist()), max_length=longest)
 
 
-def metrics_row(cfg, state, totals, sums):
+@torch.no_grad()
+def held_out_kl(cfg, models, held_out, records, timer):
+    """Both KLs on an evaluation's responses of the student, nats per token."""
+    batch = [Response(held_out[r["index"]][1], r["tokens"], True) for r in records[RANK::WORLD]]
+    measured = loss_and_gradient(cfg, models, batch, timer)
+    return {key: measured[key] for key in PER_TOKEN[:2]}
+
+
+def metrics_row(cfg, state, numbers):
     """
-    Means over the step's tokens, and FLOPs as the paper counts them (appendix H.1): student
-    prefixes G_s + F_t + 3 F_s; teacher prefixes F_t + 3 F_s, and their writing apart; cached 3 F_s,
-    to which the teacher's LM head adds 2 V H_t for each token.
+    The numbers of a step for the log, and all FLOPs so far as the paper counts them (appendix H.1).
+    With F_s and F_t of a forward, student prefixes take F_s to write, F_t and 3 F_s; teacher
+    prefixes F_t + 3 F_s; cached ones 3 F_s. Not counted: the teacher's writing, F_t, and what a
+    cached teacher's LM head takes, 2 V_t H_t for each token.
     """
-    source, tokens = prefix_source(cfg), totals["tokens"]
-    writing = totals["teacher"] if source == "teacher" else 0.0
-    forwards = 4 if source == "student" else 3
-    state["tflops"] += (forwards * totals["student"] + totals["teacher"]) / 1e12
-    loss, forward, reverse, entropy_q, entropy_p = (x / max(1, tokens) for x in sums)
-    return {
-        "loss": sums[0],
-        "forward_kl": forward,
-        "reverse_kl": reverse if cfg.teacher else None,
-        "student_entropy": entropy_q,
-        "teacher_entropy": entropy_p,
-        "mean_length": tokens / cfg.batch_size,
-        "max_length": totals["longest"],
-        "truncated_share": totals["truncated"] / cfg.batch_size,
-        "tokens": int(tokens),
-        "tflops": state["tflops"],
-        "tflops_teacher_writing": writing / 1e12,
-    }
+    forwards = 4 if response_source(cfg) == "student" else 3
+    state["tflops"] += (forwards * numbers["student_flops"] + numbers["teacher_flops"]) / 1e12
+    return numbers | {
+        "reverse_kl": numbers["reverse_kl"] if cfg.teacher else None,
+        "mean_length": numbers["tokens"] / cfg.batch_size,
+        "truncated_share": numbers["truncated"] / cfg.batch_size,
+        "tflops": state["tflops"]}
 
 
 COLUMNS = dict(
@@ -542,8 +554,8 @@ COLUMNS = dict(
 
 def main(argv):
     cfg, origin = load_config(Config, argv)
-    rank, world, device = init_processes(cfg.collective_timeout)
-    validate(cfg, world)
+    device = init_processes(cfg.collective_timeout)
+    validate(cfg, WORLD)
 
     # files first, for mistakes in them should not cost the time to load models
     trajectories, problems, held_out = None, [], []
@@ -553,12 +565,11 @@ def main(argv):
         problems = load_problems(cfg.prompts)
     if cfg.eval_every or len(cfg.horizons) > 1:
         held_out = load_problems(cfg.eval_data)
-    inputs = (cfg.student, cfg.teacher, cfg.prompts, cfg.eval_data, cfg.trajectories)
+    inputs = cfg.student, cfg.teacher, cfg.prompts, cfg.eval_data, cfg.trajectories
     identity = {
         "script": Path(__file__).stem,
         "student": cfg.student,
-        "trajectories": trajectories and len(trajectories),
-    }
+        "trajectories": trajectories and len(trajectories)}
     state, checkpoint = start_run(cfg, inputs, identity, rung=0, entropies=[], closed=False)
     models = load_models(cfg, trajectories, device)
     data = encode_data(cfg, models, trajectories, problems, held_out)
@@ -574,10 +585,7 @@ def main(argv):
     save = partial(save_checkpoint, cfg, student, models.tokenizer, optimizer, state)
     open_run(cfg, origin, state)  # from here on files are written
     start_step, count = state["step"], len(data.responses or data.prompts)
-    print0(f"{count} prompts, {world} process(es) on {device.type}, from step {start_step}")
-    climb = cfg.steps_per_horizon * (len(ladder(cfg)) - 1)
-    if 0 < climb >= cfg.max_steps:
-        print0(f"warning: max_steps={cfg.max_steps}: the last horizon opens after {climb} at best")
+    print0(f"{count} prompts, {WORLD} process(es) on {device.type}, from step {start_step}")
     catch_signals()
 
     for step in range(start_step, cfg.max_steps + 1):  # updates so far; the last only evaluates
@@ -586,65 +594,43 @@ def main(argv):
         engines["student"].sync()
 
         # 0. gate, evaluation, checkpoint. A resumed run has done these already at its first step.
-        is_new, is_best = step > state["looked"], False
+        is_new, is_best = step > state["last_eval_step"], False
         at_gate = is_new and gate_is_due(cfg, state)
         if at_gate:
             pass_gate(cfg, state, models, data, engines["student"], optimizer)
-        over = step == cfg.max_steps or state["closed"] and cfg.on_gate_closed == "stop"
-        if is_new and cfg.eval_every and (over or step % cfg.eval_every == 0):
+        is_last = step == cfg.max_steps or state["closed"] and cfg.on_gate_closed == "stop"
+        if is_new and cfg.eval_every and (is_last or step % cfg.eval_every == 0):
             for name in ["teacher"] * (cfg.eval_teacher and step == 0) + ["student"]:
-                how = Sampling(
-                    cfg.eval_max_new_tokens,
-                    models.stops[name],
-                    cfg.eval_temperature,
-                    cfg.eval_top_p,
-                )
-                metrics, records = evaluate(
-                    engines[name],
-                    models.template,
-                    data.held_out[: cfg.eval_prompts],
-                    how,
-                    cfg.eval_samples,
-                    cfg.seed,
-                )
+                sampling = Sampling(cfg.eval_max_new_tokens, models.stops[name],
+                                    cfg.eval_temperature, cfg.eval_top_p)
+                metrics, records = evaluate(engines[name], models.template,
+                                            data.held_out[:cfg.eval_prompts], sampling,
+                                            cfg.eval_samples, cfg.seed)
+                if cfg.eval_kl and name == "student":
+                    metrics |= held_out_kl(cfg, models, data.held_out, records, Timer(device))
                 is_best = log_evaluation(cfg, state, name, metrics, records)
-        state["looked"] = step
-        if is_new and step > 0 and (at_gate or is_best or over or step % cfg.save_every == 0):
+        state["last_eval_step"] = step
+        if is_new and step > 0 and (at_gate or is_best or is_last or step % cfg.save_every == 0):
             save()
-        if over:
+        if is_last:
             break
 
-        # 1. prefixes: this rank's share of the step's prompts, with a response to each
-        timer, horizon = Timer(device), open_horizon(cfg, state)
+        # 1. prefixes: a response to each prompt of this rank's share of the step
+        timer, horizon = Timer(device), current_horizon(cfg, state)
         slots = deal(count, step, cfg.batch_size, cfg.seed)
         check = step == start_step or step % cfg.check_sync_every == 0
-        batch, gaps = prefixes(cfg, slots, horizon, data, models, engines, check)
-        micros, totals = split(cfg, batch, models)
+        batch, gaps = get_responses(cfg, slots, horizon, data, models, engines, check)
         timer.lap("rollout")
 
-        # 2. - 3. hidden states of both models at the response tokens, and the KL from them
-        own_sums = torch.zeros(5, device=device)  # the loss; over tokens: both KLs, H(q), H(p)
-        for micro in micros:
-            weight = token_weights(cfg, micro, totals["tokens"]).to(device)  # (N,)
-            if cfg.teacher:
-                h_p, W_p = teacher_hidden(models, micro)  # (N, H_t), (V_t, H_t)
-            timer.lap("teacher")
-            h_q = response_hidden(student, [r[:2] for r in micro], models.dtype)  # (N, H)
-            W_q = lm_head(student)  # (V, H); with fsdp it is whole after a forward
-            if cfg.teacher:
-                loss, *stats = linear_kl(h_q, W_q, h_p, W_p, weight, cfg.reverse_weight)
-            else:
-                loss, *stats = hard_label_loss(h_q, W_q, micro, weight)
-            loss.backward()
-            own_sums += torch.stack([loss.detach(), *(per_token.sum() for per_token in stats)])
-            timer.lap("student")
+        # 2. - 3. hidden states of both models at the response tokens; the KL and its gradient
+        numbers = loss_and_gradient(cfg, models, batch, timer)
 
         # 4. update: one sum of the gradients over ranks, clip, step
-        sums, grad_norm = all_reduce(own_sums).tolist(), 0.0
+        grad_norm = 0.0
         rate = cfg.learning_rate * min(1, (step + 1) / max(1, cfg.warmup_steps))
-        if totals["tokens"]:  # else there is nothing to learn from in this step
+        if numbers["tokens"]:  # else there is nothing to learn from in this step
             grad_norm = clip_gradients(parameters, cfg.max_grad_norm)
-            stop_unless_finite(cfg, step + 1, sums[0], grad_norm)
+            stop_unless_finite(cfg, step + 1, numbers["loss"], grad_norm)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
@@ -652,20 +638,18 @@ def main(argv):
         timer.lap("optimizer")
 
         # 5. log
-        row = metrics_row(cfg, state, totals, sums)
-        row |= {
+        row = metrics_row(cfg, state, numbers) | {
             "step": step + 1,
             "horizon": horizon,
             "grad_norm": grad_norm,
             "learning_rate": rate,
             **gaps,
             **timer,
-            "tokens_per_second": totals["tokens"] / timer["seconds"],
-        }
+            "tokens_per_second": numbers["tokens"] / timer["seconds"]}
         log_step(cfg, COLUMNS, row, header=step % 20 == 0 or step == start_step)
 
     print0(
-        f"done at step {step}, horizon {open_horizon(cfg, state)}: {cfg.out_dir}/last; `python "
+        f"done at step {step}, horizon {current_horizon(cfg, state)}: {cfg.out_dir}/last; `python "
         f"plot.py {cfg.out_dir}` draws the curves and prints a table"
     )
 

@@ -39,7 +39,7 @@ from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from engine import model_revision
-from utils import UserError, first_line, telling, write_lines
+from utils import UserError, as_user_error, first_line, write_lines
 
 SHARDS = "[0-9][0-9][0-9]_[0-9][0-9][0-9][0-9][0-9]"     # their names, before the suffix
 
@@ -241,7 +241,7 @@ def load_head(path, data):
     The LM head (V, H_t) of the model at `path`, read without the rest of the model, for the hidden
     states in `data` (Trajectories). Raises UserError where they are not this model's.
     """
-    with telling(f"cannot read the LM head of {path}"):
+    with as_user_error(f"cannot read the LM head of {path}"):
         index = cached_file(
             path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False
         )

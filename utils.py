@@ -1,6 +1,6 @@
 """
-What more than one stage needs: config files, processes and seeds, prompts, models, response-only
-forwards, checkpoints and logs.
+Shared by the stages: config files, processes and seeds, prompts, models, forward passes that keep
+the hidden states of response tokens only, checkpoints and logs.
 
 Shape suffixes: B sequences in a micro-batch, T tokens in the longest of them, N response tokens,
 H hidden size, V vocabulary. A *sequence* is a pair (prompt ids, response ids), two lists of ints.
@@ -49,17 +49,17 @@ transformers_logging.disable_progress_bar()
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: one line that names the value, the limit and the remedy."""
+    """An error the user can fix; its line gives the value, the limit and the remedy."""
 
 
 def first_line(error):
-    """The first line of an exception's text, or what it is where it has none."""
+    """The first line of an exception's text, or its repr where the text is empty."""
     return (str(error).strip() or repr(error)).split("\n")[0]
 
 
 @contextlib.contextmanager
-def telling(what):
-    """Around a library's work on what a user gave it: its errors become a UserError in one line."""
+def as_user_error(what):
+    """Inside, an error of a library becomes a UserError: one line that begins with `what`."""
     try:
         yield
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
@@ -71,10 +71,11 @@ def telling(what):
 
 def load_config(cls, argv):
     """
-    Defaults of the dataclass `cls` < assignments in Python files, in their order < --key=value.
+    A config of the dataclass `cls`. Later overrides earlier: the defaults, then the assignments in
+    Python files in their order, then --key=value.
 
     In a file `_names`, modules and functions are ignored, and `from configs.other import *` is
-    inheritance. `--key` alone sets a boolean. Returns (config, {key: where its value came from}).
+    inheritance. `--key` alone is --key=True. Returns (config, {key: where its value came from}).
     Raises UserError on an unknown key (naming the nearest), a wrong type, or an unreadable file.
     """
     kinds, values, origin = typing.get_type_hints(cls), {}, {}
@@ -95,16 +96,16 @@ def load_config(cls, argv):
 
 
 def _run_config_file(path):
-    """{name: value} of its assignments."""
+    """Run the file and return its public variables, {name: value}."""
     if not Path(path).is_file():
         raise UserError(f"no config file {path}; those of this repository are in configs/")
     try:
         names = runpy.run_path(path)
     except Exception as error:  # whatever a user's file may raise is reported with its line
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = getattr(error, "filename", None) or frame.filename
-        line = getattr(error, "lineno", frame.lineno)
-        raise UserError(f"{where}, line {line}: {type(error).__name__}: {error}") from error
+        is_syntax = isinstance(error, SyntaxError)  # it knows its line; the frame is Python's own
+        at = error if is_syntax else traceback.extract_tb(error.__traceback__)[-1]
+        kind = type(error).__name__
+        raise UserError(f"{at.filename}, line {at.lineno}: {kind}: {error}") from error
     return {
         key: value
         for key, value in names.items()
@@ -113,7 +114,7 @@ def _run_config_file(path):
 
 
 def _cast(key, value, kind, where):
-    """`value` as the annotated type: an int fits a float."""
+    """`value`, parsed where it is text of the command line, if it fits the annotation `kind`."""
     options = typing.get_args(kind) or (kind,)  # the strings of a Literal, the types of a union
     if where == "command line":
         if value == "None" and type(None) in options:
@@ -135,16 +136,15 @@ def _cast(key, value, kind, where):
     return value
 
 
-_RANGES = (  # what a key of this name may be, in whichever config it stands; None always passes
+_RANGES = (  # what a key of this name may be, in every config that has it; None always passes
     (
         "must be at least 1",
         lambda x: x >= 1,
         """
         max_new_tokens rollout_rows max_tokens_per_microbatch num_prompts samples_per_prompt
         num_problems samples_per_problem shard_bytes shard_sequences expected_length window
-        bootstrap eval_prompts eval_samples eval_max_new_tokens steps_per_horizon gate_prompts
-        save_every keep check_sync_every batch_size prompts_per_step updates_per_batch
-        importance_cap""",
+        bootstrap eval_prompts eval_samples eval_max_new_tokens steps_per_horizon save_every
+        keep check_sync_every batch_size prompts_per_step updates_per_batch importance_cap""",
     ),
     (
         "must not be negative",
@@ -163,7 +163,7 @@ _RANGES = (  # what a key of this name may be, in whichever config it stands; No
 )
 
 
-def need(ok, cfg, key, limit):
+def require(ok, cfg, key, limit):
     """UserError that names a key of the config, its value and the limit, unless `ok`."""
     if not ok:
         raise UserError(f"{key}={getattr(cfg, key)!r}: {limit}")
@@ -174,7 +174,7 @@ def check_ranges(cfg):
     for limit, allowed, keys in _RANGES:
         for key in keys.split():
             value = getattr(cfg, key, None)
-            need(value is None or allowed(value), cfg, key, limit)
+            require(value is None or allowed(value), cfg, key, limit)
 
 
 def print_config(cfg, origin):
@@ -187,18 +187,19 @@ def print_config(cfg, origin):
 
 # ----------------------------------------------------------------------------- processes and seeds
 
-RANK = int(os.environ.get("RANK", 0))  # of this process among the WORLD that torchrun has started
+# This process is number RANK of the WORLD processes that torchrun has started.
+RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
-def init_processes(patience=7200.0):
+def init_processes(timeout_seconds=7200.0):
     """
-    (rank, world size, device), under torchrun or alone; NCCL between GPUs, gloo between CPUs.
-    patience: seconds that a rank waits for the others before it ends.
+    The device of this process, under torchrun or alone; NCCL between GPUs, gloo between CPUs.
+    timeout_seconds: how long a rank waits for the others before it ends with an error.
     """
     gpus = torch.cuda.device_count()
-    if WORLD > 1 and gpus > 1:
-        # Each process sees its own GPU only, as cuda:0: a vLLM in it takes the first it sees.
+    if WORLD > 1 and gpus:
+        # vLLM uses the first GPU that it sees, so a process sees only its own, as cuda:0.
         local = int(os.environ["LOCAL_RANK"])
         if local >= gpus:
             raise UserError(
@@ -210,11 +211,11 @@ def init_processes(patience=7200.0):
     device = torch.device("cuda" if gpus else "cpu")
     if WORLD > 1 and not dist.is_initialized():
         if gpus:
-            torch.cuda.init()  # or a device mesh takes GPU number LOCAL_RANK, of the one it sees
+            torch.cuda.init()  # or a device mesh asks for GPU number LOCAL_RANK of only one
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=datetime.timedelta(seconds=patience)
+            "cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=datetime.timedelta(0, timeout_seconds)
         )
-    return RANK, WORLD, device
+    return device
 
 
 def print0(*args):
@@ -223,19 +224,19 @@ def print0(*args):
         print(*args, flush=True)
 
 
-_collective = telling("another process has ended, or is silent for longer than a rank waits")
+_collective = as_user_error("another process has ended, or is silent for longer than a rank waits")
 
 
 @_collective
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
-    """In place over all ranks; alone, the tensor as it is."""
+    """Reduce in place over all ranks, and return the tensor; one process leaves it as it is."""
     if WORLD > 1:
         dist.all_reduce(tensor, op)
     return tensor
 
 
 def barrier():
-    """No rank goes on before all have come here."""
+    """Wait until every rank has come here."""
     all_reduce(torch.zeros(1))
 
 
@@ -244,9 +245,9 @@ _noted = []  # (number, time) of the signals that came
 
 def catch_signals():
     """
-    From now on the first SIGTERM or SIGINT is only noted, for `end_on_signal`. A second one has
-    its default effect, unless it comes within a second: a scheduler signals torchrun and its
-    processes, and torchrun passes its own on.
+    From now on the first SIGTERM or SIGINT is only noted, for `end_on_signal`. A second one ends
+    the process, unless it comes within a second of the first: a scheduler signals this process
+    and torchrun, which forwards the same signal to it.
     """
 
     def note(number, frame):
@@ -275,16 +276,17 @@ def end_on_signal(save, step):
 
 
 def derive_seed(*parts):
-    """A 63-bit seed from ints and strings: seeds belong to prompts, not to ranks or batches."""
+    """A 63-bit seed from ints and strings, the same in every process and run."""
     return int(hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest(), 16) >> 1
 
 
 def deal(n, step, size, seed, group=1):
     """
-    [(place, index, seed)] of this rank's share of a step: `group` responses to each of `size`
-    prompts. Indices are those of an endless stream of epochs, each a permutation of range(n): they
-    follow from the step alone, so there is no cursor to save. Seeds belong to the place in the
-    step, so it is the same step on any number of ranks.
+    This rank's share of a training step, [(place, index of the prompt, seed)]. A step has `group`
+    responses to each of `size` prompts, and `place` is a response's number among them. Prompts come
+    from an endless stream of epochs, each a permutation of range(n). Index and seed follow from
+    step and place alone, so there is no cursor to save, and a step is the same on any number of
+    ranks.
     """
     dealt = []
     for place in range(RANK, size * group, WORLD):
@@ -351,7 +353,7 @@ def usable_prompts(path, problems, tokenizer, horizon, positions, vocab_size):
 def load_tokenizer(path):
     """The tokenizer of a local folder or hub name. Raises UserError when it is missing."""
     check_model_path(path, "tokenizer_config.json")
-    with telling(f"cannot read a tokenizer in {path}"):
+    with as_user_error(f"cannot read a tokenizer in {path}"):
         return AutoTokenizer.from_pretrained(path)
 
 
@@ -376,7 +378,7 @@ def load_model(path, dtype, device="cpu", recompute=False):
     more than hidden states times the LM head, for the losses need no more.
     """
     check_model_path(path)
-    with telling(f"cannot load a model in {path}"):
+    with as_user_error(f"cannot load a model in {path}"):
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, output_loading_info=True
         )
@@ -509,30 +511,32 @@ def start_run(cfg, inputs, identity, **own):
     (training state, checkpoint to go on from or None), after every check of cfg.out_dir. All ranks
     call it, and the first one looks. UserError where the run cannot begin.
 
-    inputs: paths that the run reads. identity: {name: value} of what a resumed run must have in
-    common with its checkpoint, as the script and the student. In the state, `step` counts updates,
-    `looked` is the last step at which the run has evaluated, `own` is what only this script keeps.
+    inputs: paths that the run reads. identity: {name: value}, equal in a checkpoint and the run
+    that resumes it, such as the script and the student. own: what only this script adds to the
+    state. There, `step` counts updates, `last_eval_step` is the step whose gate, evaluation and
+    checkpoint were last dealt with (-1: none), and `rung_began` is the step at which the
+    curriculum's present horizon opened (0 without one).
     """
     path, step = Path(cfg.out_dir), -1
-    need(not cfg.resume or not cfg.overwrite, cfg, "overwrite", "give --resume or this, not both")
+    require(not cfg.resume or not cfg.overwrite, cfg, "overwrite", "or --resume, not both")
     if RANK == 0:
         if path.is_file() or path.is_dir() and any(path.iterdir()):
-            need(
+            require(
                 (path / "run_config.json").is_file(),
                 cfg,
                 "out_dir",
                 "is no run to resume or to overwrite, for it has no run_config.json; choose "
                 "another name",
             )
-            need(
+            require(
                 cfg.resume or cfg.overwrite,
                 cfg,
                 "out_dir",
                 "exists: --resume goes on with that run, --overwrite deletes it",
             )
         for name in filter(None, inputs if cfg.overwrite else ()):
-            need(
-                path.resolve() not in Path(name).resolve().parents,
+            require(
+                path.resolve() not in (Path(name).resolve() / "file").parents,
                 cfg,
                 "out_dir",
                 f"--overwrite would delete {name}, which this run reads; choose another name",
@@ -541,9 +545,9 @@ def start_run(cfg, inputs, identity, **own):
     step = all_reduce(torch.tensor(step), dist.ReduceOp.MAX).item()
     state = {
         "step": 0,
-        "looked": -1,
+        "last_eval_step": -1,
         "tflops": 0.0,
-        "best": -1.0,
+        "best_score": -1.0,
         "best_step": 0,
         "rung_began": 0,
         **identity,
@@ -560,7 +564,7 @@ def start_run(cfg, inputs, identity, **own):
                 f"resume with that, or start a new run from its weights with "
                 f"--student={checkpoint}"
             )
-    need(cfg.max_steps >= step, cfg, "max_steps", f"{checkpoint} is at step {step}; raise it")
+    require(cfg.max_steps >= step, cfg, "max_steps", f"{checkpoint} is at step {step}; raise it")
     return state | saved, checkpoint
 
 
@@ -575,15 +579,16 @@ def open_run(cfg, origin, state):
     out_dir = Path(cfg.out_dir)
     if cfg.overwrite and out_dir.exists():
         shutil.rmtree(out_dir.resolve())
-    out_dir.mkdir(parents=True, exist_ok=True)
+    out_dir.resolve().mkdir(parents=True, exist_ok=True)  # where out_dir is a link it stays one
     print_config(cfg, origin)
     (out_dir / "run_config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
     metrics = out_dir / "metrics.jsonl"
     metrics.touch()
+    # Training rows count up to the checkpoint's step, evaluations up to the last one it knows of.
     kept = [
         row
         for row in read_lines(metrics)
-        if row["step"] <= state["step" if "loss" in row else "looked"]
+        if row["step"] <= state["step" if "loss" in row else "last_eval_step"]
     ]
     write_lines(metrics, kept, mode="w")
 
@@ -611,8 +616,8 @@ def read_lines(path):
 
 def log_evaluation(cfg, state, name, metrics, records):
     """
-    What `evaluate` returned, to metrics.jsonl, samples_NAME_STEP.jsonl and the terminal. Whether
-    it is the student's best so far, which the state then remembers; the start does not count.
+    Write what `evaluate` returned to metrics.jsonl, samples_NAME_STEP.jsonl and the terminal.
+    Returns whether it is the student's best score so far, step 0 left out; the state keeps it.
     """
     step, score, passed = state["step"], metrics["avg_at_k"], metrics["pass_at_k"]
     if RANK == 0:
@@ -624,9 +629,9 @@ def log_evaluation(cfg, state, name, metrics, records):
         f"Pass@{metrics['k']} {'-' if passed is None else f'{passed:.3f}'}  length "
         f"{metrics['length']:.0f}  entropy {metrics['entropy']:.3f}  cut {metrics['truncated']:.0%}"
     )
-    is_best = name == "student" and step > 0 and score is not None and score > state["best"]
+    is_best = name == "student" and step > 0 and score is not None and score > state["best_score"]
     if is_best:
-        state.update(best=score, best_step=step)
+        state.update(best_score=score, best_step=step)
     return is_best
 
 
@@ -644,8 +649,8 @@ def log_step(cfg, columns, row, header):
 
 class Timer(dict):
     """
-    Seconds between laps, summed by name and in all, ready for the log, and on a GPU the peak of
-    this rank's memory so far, GB. There a lap waits for the device, so that they mean something.
+    Seconds by name of the lap, and in all, as a dict for the log; on a GPU also the peak of this
+    rank's memory so far, in GB. There each lap waits for the device, or its time would be wrong.
     """
 
     def __init__(self, device):
@@ -663,8 +668,8 @@ class Timer(dict):
 
 # ------------------------------------------------------------------------------------- checkpoints
 
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-_STEPS = "step_[0-9][0-9][0-9][0-9][0-9][0-9]"  # and no folder of the user's own
+_FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_STEP_GLOB = "step_[0-9][0-9][0-9][0-9][0-9][0-9]"  # no folder of the user's own matches this
 
 
 def save_checkpoint(cfg, model, tokenizer, optimizer, state):
@@ -675,12 +680,13 @@ def save_checkpoint(cfg, model, tokenizer, optimizer, state):
     renamed when everything is on the disk. UserError when it cannot be written; nothing is left of
     it then.
 
-    `last` points to it, `best` and `stable` to steps state["best_step"] and state["rung_began"].
-    Others stay while they are among the newest cfg.keep.
+    The link `last` points to it, `best` to the step of the best evaluation, and `stable` to the
+    step at which the open horizon began, whose weights had passed a gate. Other checkpoints stay
+    while they are among the newest cfg.keep.
     """
-    weights, moments = get_model_state_dict(model, options=_WHOLE), {}
+    weights, moments = get_model_state_dict(model, options=_FULL_STATE), {}
     if optimizer.state:
-        whole = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+        whole = get_optimizer_state_dict(model, optimizer, options=_FULL_STATE)
         moments = whole.get("state")  # only the first rank has it
     if RANK == 0:
         path = Path(f"{cfg.out_dir}/step_{state['step']:06d}")
@@ -693,10 +699,10 @@ def save_checkpoint(cfg, model, tokenizer, optimizer, state):
         for link, target in links.items():
             path.with_name(link).unlink(missing_ok=True)
             path.with_name(link).symlink_to(target)
-        for older in sorted(path.parent.glob(_STEPS))[: -cfg.keep]:
+        for older in sorted(path.parent.glob(_STEP_GLOB))[: -cfg.keep]:
             if older.name not in links.values():
                 shutil.rmtree(older, ignore_errors=True)  # somebody may be reading it
-    barrier()  # the others must not take the wait for a hang of something else
+    barrier()  # or a slow save would look like a hang in a later collective
 
 
 def _write_checkpoint(path, model, tokenizer, weights, moments, state):
@@ -711,7 +717,7 @@ def _write_checkpoint(path, model, tokenizer, weights, moments, state):
             if name.is_file():
                 with open(name) as file:
                     os.fsync(file)  # a full disk may say so only now
-        shutil.rmtree(path, ignore_errors=True)  # of this run, which has gone on from there
+        shutil.rmtree(path, ignore_errors=True)  # of an earlier try at this step
         temporary.replace(path)
     except Exception as error:  # tokenizers and torch have errors of their own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
@@ -727,7 +733,7 @@ def newest_checkpoint(out_dir):
     are named, and passed over. UserError when none loads. Opening a file of tensors compares its
     length with what it says of itself, so one that was cut short is found without reading it.
     """
-    found = sorted(Path(out_dir).glob(_STEPS), reverse=True)
+    found = sorted(Path(out_dir).glob(_STEP_GLOB), reverse=True)
     for path in found:
         try:
             json.loads((path / "train_state.json").read_text())
@@ -744,13 +750,13 @@ def newest_checkpoint(out_dir):
 
 
 def load_checkpoint(path, model, optimizer):
-    """Restore weights and AdamW's moments exactly, also of shards; rates stay the config's."""
+    """Restore weights and AdamW's moments exactly, also of shards. The rate is the config's."""
     weights = load_model(path, torch.float32).state_dict()
-    set_model_state_dict(model, weights, options=_WHOLE)
+    set_model_state_dict(model, weights, options=_FULL_STATE)
     moments = torch.load(f"{path}/optimizer.pt", mmap=True)
     if moments:  # there are none before the first update
         state = get_optimizer_state_dict(model, optimizer) | {"state": moments}
-        set_optimizer_state_dict(model, optimizer, state, options=_WHOLE)
+        set_optimizer_state_dict(model, optimizer, state, options=_FULL_STATE)
 
 
 # -------------------------------------------------------------------------------- a script's start

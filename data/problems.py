@@ -6,7 +6,7 @@ data/benchmarks.py writes from the original benchmarks and data/toy.py for the t
 import json
 from pathlib import Path
 
-from utils import telling
+from utils import as_user_error
 
 
 def load_problems(path):
@@ -16,13 +16,13 @@ def load_problems(path):
     Raises UserError that names the file and the line.
     """
     form = '{"problem": ..., "answer": ...} on each line'
-    with telling(f"cannot read prompts, JSONL with {form}, from {path}"):
+    with as_user_error(f"cannot read prompts, JSONL with {form}, from {path}"):
         lines = Path(path).read_text(encoding="utf-8").split("\n")
         if not any(map(str.strip, lines)):
             raise ValueError("it holds no problems")
     rows = []
     for number, line in enumerate(lines, 1):
-        with telling(f"{path}, line {number}"):
+        with as_user_error(f"{path}, line {number}"):
             if line.strip():
                 rows.append(_problem(dict(json.loads(line))))
     return rows

@@ -1,4 +1,14 @@
-from kernels.linear_kl import linear_kl
-from kernels.linear_logp import linear_logp
+"""The losses from hidden states: `linear_kl` for distillation, `linear_logp` for RL and scoring."""
+
+import os
+
+# On a CPU torch keeps 1,024 compiled matrix products, each for one shape, and in bf16 each takes
+# about a megabyte. Batches of text have ever new shapes, so a process grew by gigabytes. A step
+# uses far fewer shapes again and again; these limits must stand before the first product.
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
+from kernels.linear_kl import linear_kl  # noqa: E402
+from kernels.linear_logp import linear_logp  # noqa: E402
 
 __all__ = ["linear_kl", "linear_logp"]

@@ -28,7 +28,7 @@ from utils import (
 )
 
 LADDER = ("configs/toy_opd.py", "--horizons=(6, 12, 24)", "--steps_per_horizon=2",
-          "--gate_prompts=12", "--save_every=1")
+          "--eval_prompts=12", "--save_every=1")
 CLOSES = ("--entropy_floor=1.0",)  # later tokens are surer, so entropy falls from rung to rung
 ROLLBACK = (*CLOSES, "--on_gate_closed=rollback")
 
@@ -53,8 +53,6 @@ def gates(rows):
 # ---------------------------------------------------------------------------------------- the rule
 
 @pytest.mark.parametrize("entropies, floor, unit, expected", [
-    ([], 0.5, "first_rung", (False, None)),  # nothing measured, nothing opens
-    ([], 0.5, "nats", (False, None)),
     ([0.4], 0.5, "first_rung", (True, 0.2)),  # half of itself: the first always opens
     ([0.4, 0.2], 0.5, "first_rung", (True, 0.2)),  # equal is enough
     ([0.4, 0.19], 0.5, "first_rung", (False, 0.2)),
@@ -77,10 +75,9 @@ def test_closed_stays_closed(unit):
         assert opens == sorted(opens, reverse=True)  # True ... True False ... False
 
 
-@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
-def test_rule_refuses_what_is_not_finite(broken):
-    with pytest.raises(UserError, match="not finite"):
-        gate([0.3, broken], 0.5, "first_rung")
+def test_what_is_not_a_number_opens_nothing():
+    for entropies in ([0.3, math.nan], [math.nan, 0.3], [math.nan]):
+        assert not gate(entropies, 0.5, "nats")[0] and not gate(entropies, 0.5, "first_rung")[0]
 
 
 # ---------------------------------------------------------------------------------------- in a run
@@ -242,7 +239,7 @@ def test_rows_that_come_again_are_dropped(tmp_path, step, looked, kept):
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')  # the crash came in the middle of a line
     cfg = train_distill.Config(out_dir=str(tmp_path))
-    open_run(cfg, {"out_dir": "here"}, {"step": step, "looked": looked})
+    open_run(cfg, {"out_dir": "here"}, {"step": step, "last_eval_step": looked})
     assert read_lines(tmp_path / "metrics.jsonl") == rows[:kept]
 
 
@@ -256,7 +253,7 @@ def test_planted_collapse_closes_the_gate(train, tmp_path):
     sharp.save_pretrained(tmp_path / "sharp")
     load_tokenizer("data/toy/teacher").save_pretrained(tmp_path / "sharp")
     options = ("--horizons=(12, 16, 24)", "--steps_per_horizon=25", "--max_steps=51",
-               "--batch_size=32", "--gate_prompts=50", "--learning_rate=2e-3",
+               "--batch_size=32", "--eval_prompts=50", "--learning_rate=2e-3",
                "--entropy_floor=0.24", "--floor_unit=nats")
     rows, _ = train("configs/toy_opd.py", *options)
     assert [row["gate"] for row in gate_rows(rows)] == ["open", "open"]
@@ -305,22 +302,8 @@ def test_cached_trajectories_follow_the_ladder(train, tmp_path):
     ("--entropy_floor=1.5", "entropy_floor=1.5: above 1 x"),
     ("--entropy_floor=-1", "entropy_floor=-1.0: must not be negative"),
     ("--steps_per_horizon=0", "steps_per_horizon=0: must be at least 1"),
-    ("--gate_prompts=0", "gate_prompts=0: must be at least 1"),
+    ("--eval_prompts=0", "eval_prompts=0: must be at least 1"),
     ("--horizons=(8, 4096)", "4096 new tokens")])
 def test_mistakes(train, option, message):
     with pytest.raises(UserError, match=re.escape(message)):
         train("configs/toy_opd.py", option)
-
-
-def test_broken_weights_stop_the_run(train, monkeypatch):
-    real = grade.summarise
-    nan = {"entropy": math.nan}
-    monkeypatch.setattr(grade, "summarise", lambda records: real(records) | nan)
-    with pytest.raises(UserError, match="not finite"):
-        train(*LADDER, "--max_steps=3")
-
-
-def test_too_few_steps_for_the_ladder(train, capsys):
-    train(*LADDER, "--max_steps=4")
-    warning = "max_steps=4: the last horizon opens after 4 at best"
-    assert warning in capsys.readouterr().out

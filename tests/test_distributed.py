@@ -122,7 +122,7 @@ def assert_same(one, other, tolerance=2e-5):
 # ---------------------------------------------------------------------------- processes and shards
 
 ROLLBACK = ["configs/toy_curriculum.py", *TEN, "--max_steps=5", "--horizons=(6, 12, 24)",
-            "--steps_per_horizon=2", "--gate_prompts=12", "--on_gate_closed=rollback",
+            "--steps_per_horizon=2", "--eval_prompts=12", "--on_gate_closed=rollback",
             "--entropy_floor=1.0"]
 
 

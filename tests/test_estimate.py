@@ -186,7 +186,9 @@ def test_what_a_config_loads(monkeypatch, tmp_path):
     assert roles("configs/toy_sft.py", f"--trajectories={tmp_path}/none") == ("student", HEAD)
     assert roles("configs/toy_sft.py", "--trajectories=None") == ("teacher", "teacher")
     assert roles("configs/toy_hard_sft.py") == ("student", "")
-    assert roles("configs/toy_grpo.py", "--student=data/toy/student") == ("student", "reference")
+    grpo = "configs/toy_grpo.py", "--student=data/toy/student"
+    assert roles(*grpo) == ("student", "")
+    assert roles(*grpo, "--kl_coef=0.1") == ("student", "reference")
     for cached, kind in ((True, HEAD), (False, "teacher")):
         monkeypatch.setattr(
             estimate, "Trajectories", lambda *_, on=cached, **__: SimpleNamespace(cached=on))

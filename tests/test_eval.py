@@ -148,17 +148,17 @@ def test_resume_after_a_kill(done, tmp_path):
     (out / "samples_000.jsonl").write_text("".join(lines[5:17]) + lines[17][:30])
     (out / "samples_003.jsonl").write_text(lines[0])            # of a run with more processes
     again, resumed = run(out)
-    assert again["responses_in_these_seconds"] == 36 - 13
+    assert again["responses_of_this_run"] == 36 - 13
     assert again["results"]["middle"]["avg_at_k"] == report["results"]["middle"]["avg_at_k"]
     assert responses(resumed) == responses(samples)
     left = ["results.json", "samples.jsonl", "settings.json"]
     assert sorted(path.name for path in out.iterdir()) == left
 
     rerun, same = run(out)                                      # nothing to do: nothing changes
-    assert rerun["responses_in_these_seconds"] == 0
+    assert rerun["responses_of_this_run"] == 0
     assert same == resumed and rerun["results"] == again["results"]
     fresh, other = run(out, "--overwrite", "--seed=1")
-    assert fresh["responses_in_these_seconds"] == 36 and other != resumed
+    assert fresh["responses_of_this_run"] == 36 and other != resumed
 
 
 def test_two_processes(done, tmp_path):

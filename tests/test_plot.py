@@ -38,7 +38,8 @@ def run(tmp_path):
     """
     rows = [evaluation(0, 0.9, 0.1, "teacher"), evaluation(0, 0.2, 0.4)]
     for step in range(1, 21):
-        rows.append({"step": step, "loss": float(step), "horizon": 8, "tflops": step / 2})
+        rows.append({"step": step, "loss": float(step), "horizon": 8, "tflops": step / 2,
+                     "seconds": 1.5})
         if step in (10, 20):
             gate = "open" if step == 10 else "closed"
             rows.append(evaluation(step, None, 0.25, "gate", gate=gate))
@@ -75,7 +76,7 @@ def test_evaluations_gates_and_teacher(run, figure):
     rows = [line.split() for line in text.splitlines()[1:]]
     assert rows[0][:2] == ["Avg@4", "Pass@4"]
     assert [row[0] for row in rows[1:]] == ["base", "distilled", "teacher"]
-    assert rows[1][2] == "0.200" and rows[2][2] == "0.600" and rows[2][-1] == "10"
+    assert rows[1][2] == "0.200" and rows[2][2] == "0.600" and rows[2][-2:] == ["10", "30"]
     assert max(map(len, text.splitlines()[1:])) <= 80
 
 

@@ -7,7 +7,7 @@ import torch
 from conftest import STOPS
 
 import engine as engines
-from engine import HFEngine, Sampling, check_logprobs, choose_engine, make_engine, sample_tokens
+from engine import HFEngine, Sampling, choose_engine, make_engine, sample_tokens, score
 from kernels import linear_kl
 from utils import UserError, lm_head, microbatches, response_hidden
 
@@ -155,9 +155,9 @@ def test_bf16_copy_follows_sync(student, prompts):
     assert engine.generate(prompts[:4], sampling, seeds) == before
     engine.sync()
     assert engine.generate(prompts[:4], sampling, seeds) != before
-    for copied, master in zip(engine.writer.parameters(), student.parameters(), strict=True):
+    for copied, master in zip(engine.decoder.parameters(), student.parameters(), strict=True):
         assert torch.equal(copied, master.bfloat16())
-    for copied, master in zip(engine.writer.buffers(), student.buffers(), strict=True):
+    for copied, master in zip(engine.decoder.buffers(), student.buffers(), strict=True):
         assert torch.equal(copied, master)  # rotary frequencies stay fp32
 
 
@@ -190,15 +190,15 @@ def test_an_engine_with_other_weights_is_found(student, prompts):
     """A bf16 copy whose last norm is off by a half, then in sync again."""
     engine = HFEngine(student, torch.bfloat16, vocab_size=272, max_tokens=4096)
     engine.max_logprob_gap = 0.05
-    engine.writer.model.norm.weight.data *= 1.5
+    engine.decoder.model.norm.weight.data *= 1.5
     rollouts = engine.generate(prompts[:8], Sampling(12, STOPS), range(8))
     message = (r"differ by 0\.\d+ nats on average, .* the mean passes max_logprob_gap=0.05\. "
                r".* try --engine=hf")
     with pytest.raises(UserError, match=message):
-        check_logprobs(engine, prompts[:8], rollouts)
+        score(engine, prompts[:8], rollouts)
     engine.sync()
     rollouts = engine.generate(prompts[:8], Sampling(12, STOPS), range(8))
-    gaps = check_logprobs(engine, prompts[:8], rollouts)
+    _, gaps = score(engine, prompts[:8], rollouts)
     assert 0 < gaps["logprob_gap_mean"] < 0.02
     assert gaps["logprob_gap_mean"] < gaps["logprob_gap_max"]
 

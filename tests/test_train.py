@@ -72,7 +72,6 @@ def test_cells(train, name, prefix, lam):
         assert 0.01 < row["forward_kl"] < 2 and 0.01 < row["reverse_kl"] < 2
         assert row["student_entropy"] > row["teacher_entropy"] > 0.05
         assert row["max_length"] <= 24
-        assert (row["tflops_teacher_writing"] > 0) == (prefix == "teacher")
 
 
 def test_prefixes_are_of_the_model_that_is_named(train, monkeypatch, teacher, student):
@@ -98,6 +97,26 @@ def test_prefixes_are_of_the_model_that_is_named(train, monkeypatch, teacher, st
 
     monkeypatch.setattr(train_distill, "response_hidden", spy)
     assert advantage_of_teacher("configs/toy_sft.py") > 0 > advantage_of_teacher(OPD)
+
+
+def test_held_out_kl(train, student, teacher, tokenizer):
+    """eval_kl: both KLs on the responses that the evaluation has saved, recomputed in fp64."""
+    options = ("--max_steps=0", "--eval_every=1", "--eval_prompts=3", "--eval_samples=2",
+               "--eval_max_new_tokens=20", "--eval_kl")
+    rows, out = train(OPD, *options)
+    held_out = load_problems("data/toy/middle.jsonl")
+    total, tokens = torch.zeros(2, dtype=torch.float64), 0
+    for record in read_lines(out / "samples_student_000000.jsonl"):
+        prompt = encode_prompt(tokenizer, held_out[record["index"]]["problem"])
+        ids, n = torch.tensor([prompt + record["tokens"]]), len(record["tokens"])
+        log_q, log_p = (model.double()(ids).logits[0, -n - 1:-1, :272].log_softmax(-1)
+                        for model in (student, teacher))
+        total[0] += (log_p.exp() * (log_p - log_q)).sum()
+        total[1] += (log_q.exp() * (log_q - log_p)).sum()
+        tokens += n
+    expected = (total / tokens).tolist()
+    assert [rows[-1]["forward_kl"], rows[-1]["reverse_kl"]] == pytest.approx(expected, rel=1e-5)
+    assert "forward_kl" not in train(OPD, *options[:-1])[0][-1]
 
 
 def test_hard_labels(train, student, tokenizer):
@@ -241,7 +260,7 @@ def test_warmup_and_sync(train, monkeypatch):
     gaps, generate = [], HFEngine.generate
 
     def spy(engine, *args):
-        pairs = zip(engine.writer.parameters(), engine.model.parameters())
+        pairs = zip(engine.decoder.parameters(), engine.model.parameters())
         gaps.append(max((copy - master.bfloat16()).abs().max().item() for copy, master in pairs))
         return generate(engine, *args)
 
@@ -332,9 +351,9 @@ def test_a_prefix_source_without_its_branch(train, monkeypatch):
     class Config(train_distill.Config):
         prefix: Literal["teacher", "student", "mixed"] = "student"
 
-    message = "prefix='mixed': your own source needs a branch in `prefixes` too"
+    message = "prefix='mixed': your own source needs a branch in `get_responses` too"
     with pytest.raises(ValueError, match=message):
-        train_distill.prefix_source(train_distill.Config(prefix="mixed"))
+        train_distill.response_source(train_distill.Config(prefix="mixed"))
     monkeypatch.setattr(train_distill, "Config", Config)
     with pytest.raises(ValueError, match=message):
         train(OPD, "--prefix=mixed", "--max_steps=1")
@@ -564,7 +583,7 @@ SOLUTIONS = "--teacher=None --prefix=teacher --reverse_weight=0 --eval_teacher=F
     ("--out_dir={root}/used --overwrite", "no run to resume or to overwrite"),
     ("--out_dir={root}/used --resume", "no run to resume or to overwrite"),
     ("--out_dir={root}/used/thesis.txt", "no run to resume or to overwrite"),
-    ("--resume --overwrite", "overwrite=True: give --resume or this, not both"),
+    ("--resume --overwrite", "overwrite=True: or --resume, not both"),
     ("configs/toy_odp.py", "no config file configs/toy_odp.py"),
 ])
 def test_mistakes(broken, options, message, tmp_path):

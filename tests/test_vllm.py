@@ -28,10 +28,10 @@ import utils
 from engine import (
     HFEngine,
     Sampling,
-    check_logprobs,
     choose_engine,
     make_engine,
     sample_tokens,
+    score,
 )
 from kernels import linear_logp
 
@@ -59,7 +59,7 @@ def mean_gap(engine, prompts, sampling):
     """Of the engine's log-probs and its model's, whatever the limit."""
     rollouts = engine.generate(prompts, sampling, range(len(prompts)))
     limit, engine.max_logprob_gap = engine.max_logprob_gap, float("inf")
-    gaps = check_logprobs(engine, prompts, rollouts)
+    _, gaps = score(engine, prompts, rollouts)
     engine.max_logprob_gap = limit
     return gaps["logprob_gap_mean"]
 
@@ -67,7 +67,7 @@ def mean_gap(engine, prompts, sampling):
 def largest_gap(engine, prompts, sampling):
     """The same, of the worst token; UserError past the limit."""
     rollouts = engine.generate(prompts, sampling, range(len(prompts)))
-    return check_logprobs(engine, prompts, rollouts)["logprob_gap_max"]
+    return score(engine, prompts, rollouts)[1]["logprob_gap_max"]
 
 
 @pytest.fixture(scope="module")
