@@ -252,7 +252,8 @@ def table(results, seeds):
             return mean
         return f"{mean} ({min(values):.{digits}f} - {max(values):.{digits}f})"
 
-    headings = " | ".join(heading for heading, _, _ in COLUMNS)
+    first = next(iter(results[seeds[0]].values()))["student"][-1]
+    headings = " | ".join(heading.replace("@8", f"@{first['k']}") for heading, _, _ in COLUMNS)
     lines = [f"| run | {headings} |", "|---" * (1 + len(COLUMNS)) + "|"]
     for name in results[seeds[0]]:
         last = [results[seed][name]["student"][-1] for seed in seeds]
@@ -401,6 +402,20 @@ def report(results, seeds, rl):
     return lines
 
 
+def beside_the_toy(lines, path="docs/claims.md"):
+    """The toy world's table of claims with the last column of this one's added."""
+    cells = {}
+    for line in lines:
+        *row, verdict = line.strip("| ").split(" | ")
+        cells[tuple(row[:2])] = verdict
+    joined = []
+    for number, line in enumerate(Path(path).read_text().strip().split("\n")):
+        key = tuple(line.strip("| ").split(" | ")[:2])
+        ours = cells.get(key, "-") if number else "a real language model"
+        joined.append(line + ("---|" if number == 1 else f" {ours} |"))
+    return joined
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -434,7 +449,10 @@ def main():
         results[seed] = {name: plot.read_run(folder / name) for name in names}
     draw(folders[args.seeds[0]], out, args.rl)
     (out / "table.md").write_text("\n".join(table(results, args.seeds)) + "\n")
-    (out / "claims.md").write_text("\n".join(report(results, args.seeds, args.rl)) + "\n")
+    lines = report(results, args.seeds, args.rl)
+    if args.world != "toy":
+        lines = beside_the_toy(lines)
+    (out / "claims.md").write_text("\n".join(lines) + "\n")
     print((out / "claims.md").read_text())
     print(f"in {out}: table.md, claims.md, cells.png, mixing.png, curriculum.png, stops.png, "
           f"tflops.png" + (", grpo.png" if args.rl else ""))

@@ -17,7 +17,6 @@ that responses really come from the teacher's distribution; configs/sample_4b.py
 
 import dataclasses
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Literal
@@ -87,8 +86,6 @@ class Config:
     max_tokens_per_microbatch: int = 16384  # padded tokens in one forward for the hidden states
     shard_bytes: int = 1 << 30              # a shard is written when it has reached this size ...
     shard_sequences: int = 1024             # ... or so many responses: a kill can cost that much
-    expected_length: int | None = None      # response tokens to expect, for the projection of disk
-                                            # space; None: max_new_tokens
 
     # who decodes
     engine: Literal["auto", "hf", "vllm"] = "auto"      # auto: vLLM on a GPU, else transformers;
@@ -193,26 +190,6 @@ def settings_of(cfg, engine, tokenizer, stops, problems):
         "vocab_size": engine.vocab_size,
         "hidden_size": engine.model.config.hidden_size,
     }
-
-
-def check_disk(cfg, token_bytes, to_write, there):
-    """Print how much space `to_write` responses take. Raises UserError where it is not free."""
-    length = cfg.expected_length or cfg.max_new_tokens
-    size = to_write * length * token_bytes
-    out_dir = Path(cfg.out_dir).resolve()
-    existing = next(path for path in [out_dir, *out_dir.parents] if path.is_dir())
-    free = shutil.disk_usage(existing).free
-
-    print0(
-        f"{to_write} responses to sample, {there} are there; {token_bytes:,} bytes a response "
-        f"token: {size / 1e9:.2f} GB at {length} tokens each, {free / 1e9:.0f} GB are free"
-    )
-    if size > free:
-        raise UserError(
-            f"{size / 1e6:.1f} MB may be needed and {free / 1e6:.1f} MB are free in {existing}; "
-            f"choose another out_dir, fewer prompts (num_prompts), or an expected_length if "
-            f"responses are shorter than {length} tokens"
-        )
 
 
 def prepare_folder(out_dir, tokenizer, overwrite):
@@ -335,7 +312,11 @@ def main(argv):
     if cfg.cache_hidden:
         token_bytes += model.config.hidden_size * hidden_dtype.itemsize
     print_config(cfg, origin)
-    check_disk(cfg, token_bytes, len(todo), len(done))
+    most = len(todo) * cfg.max_new_tokens * token_bytes
+    print0(
+        f"{len(todo)} responses to sample, {len(done)} are there; {token_bytes:,} bytes a response "
+        f"token, at most {most / 1e9:.2f} GB"
+    )
     prepare_folder(out_dir, tokenizer, cfg.overwrite)
 
     # 3. are the engine's log-probs the model's? Ranks that have nothing to do take part

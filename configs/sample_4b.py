@@ -14,5 +14,4 @@ top_k = 20
 rollout_rows = 32       # 20 GB of KV cache at 4096 tokens
 dtype = "bfloat16"
 cache_hidden = True
-expected_length = 2000
 seed = 42

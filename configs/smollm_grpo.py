@@ -12,7 +12,7 @@ kv_cache_gb = 1.0                   # with --engine=vllm
 
 prompts_per_step = 8
 group_size = 8
-max_steps = 60
+max_steps = 40
 learning_rate = 2e-5
 warmup_steps = 5
 dtype = "bfloat16"

@@ -1,6 +1,11 @@
 """cells.py: the paper's inequalities on numbers for which they hold, and with sides exchanged."""
 
+from pathlib import Path
+
 import cells
+import rl_grpo
+import train_distill
+import utils
 from cells import DIRECTIONS, LAMS, LONG, PREFIXES, RUNGS, SHORT, STOPS, claims, name_of
 
 
@@ -19,7 +24,7 @@ def world(reverse=1, student=1, long=1):
         last = {
             "avg_at_k": 0.3 + 0.15 * (r > 0) - 0.01 * (0 < r < 1), "pass_at_k": 0.8,
             "entropy": 0.3 - 0.2 * r ** 2, "length": 80.0, "entropy_before_box": None,
-            "entropy_after_box": None, "tokens_after_box": None, "truncated": 0.0,
+            "entropy_after_box": None, "tokens_after_box": None, "truncated": 0.0, "k": 8,
             "step": 200, "tflops": 2.0 if prefix == "student" else 1.0}
         if is_long:
             last["avg_at_k"] += 0.15 + 0.05 * (r == 0) + 0.1 * is_student
@@ -84,3 +89,27 @@ def test_table_and_report_over_seeds():
     lines = cells.report(results, [1, 2], False)
     line = next(line for line in lines if "A(R) > A(F), short" in line)
     assert "**fails** 1, holds 1" in line and "0.375, 0.375" in line
+
+
+def test_the_world_of_the_real_model(monkeypatch):
+    """Its runs have valid configs; its verdicts come beside the toy's, claim by claim."""
+    for name in ("CONFIGS", "OUT", "RUNGS", "SHORT", "LONG", "LIMIT", "LAMS", "STOPS", "HARD",
+                 "GRPO"):
+        monkeypatch.setattr(cells, name, getattr(cells, name))
+    cells.use_world("smollm")
+    runs = cells.distillation_runs()
+    assert len(runs) == 16 and "hard_64_union" in runs
+    for argv in runs.values():
+        cfg, _ = utils.load_config(train_distill.Config, argv)
+        train_distill.validate(cfg, 1)
+    for argv in cells.grpo_runs(cells.OUT).values():
+        cfg, _ = utils.load_config(rl_grpo.Config, argv)
+        rl_grpo.validate(cfg, 1)
+
+    lines = ["| claim | left, right side | stop = union |", "|---|---|---|",
+             "| 2 | A(R) > A(F), long | 0.7, 0.6: holds |"]
+    joined = cells.beside_the_toy(lines)
+    toy = Path("docs/claims.md").read_text().strip().split("\n")
+    assert joined[0] == toy[0] + " a real language model |" and joined[1] == toy[1] + "---|"
+    added = [line.removeprefix(old) for old, line in zip(toy[2:], joined[2:], strict=True)]
+    assert added.count(" 0.7, 0.6: holds |") == 1 and set(added) == {" 0.7, 0.6: holds |", " - |"}
