@@ -104,8 +104,10 @@ def _run_config_file(path):
     except Exception as error:  # whatever a user's file may raise is reported with its line
         is_syntax = isinstance(error, SyntaxError)  # it knows its line; the frame is Python's own
         at = error if is_syntax else traceback.extract_tb(error.__traceback__)[-1]
-        kind = type(error).__name__
-        raise UserError(f"{at.filename}, line {at.lineno}: {kind}: {error}") from error
+        raise UserError(
+            f"{at.filename}, line {at.lineno}: {type(error).__name__}: {error}") from error
+    for key in names.get("__annotations__", ()):
+        raise UserError(f"{path}: `{key}: ...` sets nothing in Python; write `{key} = ...`")
     return {
         key: value
         for key, value in names.items()
@@ -617,7 +619,7 @@ def read_lines(path):
 def log_evaluation(cfg, state, name, metrics, records):
     """
     Write what `evaluate` returned to metrics.jsonl, samples_NAME_STEP.jsonl and the terminal.
-    Returns whether it is the student's best score so far, step 0 left out; the state keeps it.
+    Returns whether it is the student's best score so far; the state keeps that.
     """
     step, score, passed = state["step"], metrics["avg_at_k"], metrics["pass_at_k"]
     if RANK == 0:
@@ -629,7 +631,7 @@ def log_evaluation(cfg, state, name, metrics, records):
         f"Pass@{metrics['k']} {'-' if passed is None else f'{passed:.3f}'}  length "
         f"{metrics['length']:.0f}  entropy {metrics['entropy']:.3f}  cut {metrics['truncated']:.0%}"
     )
-    is_best = name == "student" and step > 0 and score is not None and score > state["best_score"]
+    is_best = name == "student" and score is not None and score > state["best_score"]
     if is_best:
         state.update(best_score=score, best_step=step)
     return is_best
@@ -680,9 +682,9 @@ def save_checkpoint(cfg, model, tokenizer, optimizer, state):
     renamed when everything is on the disk. UserError when it cannot be written; nothing is left of
     it then.
 
-    The link `last` points to it, `best` to the step of the best evaluation, and `stable` to the
-    step at which the open horizon began, whose weights had passed a gate. Other checkpoints stay
-    while they are among the newest cfg.keep.
+    The link `last` points to it, `best` to the step of the best evaluation (there is none where
+    that is step 0), and `stable` to the step at which the open horizon began, whose weights had
+    passed a gate. Other checkpoints stay while they are among the newest cfg.keep.
     """
     weights, moments = get_model_state_dict(model, options=_FULL_STATE), {}
     if optimizer.state:

@@ -93,6 +93,9 @@ def test_of_several_config_files_the_later_wins(tmp_path):
     ("", ["--kind=z"], "kind='z' is a str; kind must be one of ['x', 'y']"),
     ("", ["nothing.py"], "no config file nothing.py; those of this repository are in configs/"),
     ("x = (", [], "c.py, line 1: SyntaxError"),
+    ("import os\nopen('none.txt')", [], "c.py, line 2: FileNotFoundError"),
+    ("steps: 5", [], "`steps: ...` sets nothing in Python; write `steps = ...`"),
+    ("steps: int = 5", [], "`steps: ...` sets nothing in Python; write `steps = ...`"),
     ("steps = 1\nrate = 1 / 0", [], "c.py, line 2: ZeroDivisionError"),
     ("from configs.nothing import *", [], "c.py, line 1: ModuleNotFoundError"),
 ])

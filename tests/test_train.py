@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -18,6 +19,7 @@ from torch.nn.utils import get_total_norm
 from torch.utils.checkpoint import checkpoint as run_again_in_backward
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import grade
 import train_distill
 from data.problems import load_problems
 from engine import HFEngine, Sampling
@@ -28,6 +30,7 @@ from utils import (
     encode_prompt,
     lm_head,
     load_model,
+    log_evaluation,
     read_lines,
     response_hidden,
     write_lines,
@@ -381,6 +384,19 @@ def test_a_copied_script_has_its_own_name(train, tmp_path, monkeypatch):
 
 # --------------------------------------------------------------------------- resume, checkpoints
 
+def test_the_start_may_be_the_best(tmp_path):
+    """An evaluation that is worse than step 0's is not `best`; a better one is."""
+    cfg, state = SimpleNamespace(out_dir=str(tmp_path)), {"best_score": -1.0, "best_step": 0}
+    metrics = {"pass_at_k": 1.0, "k": 1, "length": 5.0, "entropy": 0.1, "truncated": 0.0}
+    found = []
+    for step, score in enumerate((0.5, 0.4, 0.5, None, 0.6, 0.55)):
+        state["step"] = step
+        found.append(log_evaluation(cfg, state, "student", metrics | {"avg_at_k": score}, []))
+    assert found == [True, False, False, False, True, False]
+    assert (state["best_score"], state["best_step"]) == (0.6, 4)
+    assert not log_evaluation(cfg, state, "teacher", metrics | {"avg_at_k": 1.0}, [])
+
+
 def test_resume_is_exact(train):
     """
     6 steps = 4 + 2 after a resume, bit for bit: weights, optimiser, metrics. The evaluation of step
@@ -396,14 +412,17 @@ def test_resume_is_exact(train):
     assert without_times(resumed) == without_times(rows)
 
 
-def test_checkpoints(train):
-    rows, run = train(OPD, "--max_steps=5", "--save_every=1", "--keep=2", "--eval_every=1",
+def test_checkpoints(train, monkeypatch):
+    given, real = iter((0.2, 0.1, 0.5, 0.4, 0.3, 0.1)), grade.summarise
+    monkeypatch.setattr(grade, "summarise", lambda records: real(records) | {
+        "avg_at_k": next(given)})
+    _, run = train(OPD, "--max_steps=5", "--save_every=1", "--keep=2", "--eval_every=1",
                       "--eval_prompts=4", "--eval_samples=2", "--eval_max_new_tokens=40",
                       "--eval_teacher=False")
-    scores = [row["avg_at_k"] for row in rows if "avg_at_k" in row][1:]
-    best = f"step_{scores.index(max(scores)) + 1:06d}"
-    assert os.readlink(run / "last") == "step_000005" and os.readlink(run / "best") == best
-    assert {path.name for path in run.glob("step_*")} == {"step_000004", "step_000005", best}
+    assert os.readlink(run / "last") == "step_000005"
+    assert os.readlink(run / "best") == "step_000002"
+    assert {path.name for path in run.glob("step_*")} == {
+        "step_000002", "step_000004", "step_000005"}
     assert not list(run.glob(".*tmp"))
 
     model = AutoModelForCausalLM.from_pretrained(run / "last")
