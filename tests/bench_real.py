@@ -2,7 +2,7 @@
 An on-policy step of a real language model beside TRL's; seconds and peak memory, medians.
 
     python data/smollm.py --drop 25,4,5,26,7,6
-    python tests/bench_real.py            # `pip install trl==1.16.0` for TRL's rows
+    python tests/bench_real.py 3          # rounds; `pip install trl==1.16.0` for TRL's rows
 
 SmolLM2-135M-Instruct teaches itself without six layers: 16 word problems, at most 64 new tokens,
 reverse KL, on the CPU. The learning rate is 1e-6, so that response lengths stay what they are.
@@ -30,7 +30,7 @@ from data.problems import load_problems  # noqa: E402
 
 STUDENT, TEACHER, PROMPTS = "data/smollm/pruned", "data/smollm/base", "data/smollm/train.jsonl"
 BATCH, NEW_TOKENS = 16, 64
-STEPS, WARMUP, ROUNDS = 6, 2, 3
+STEPS, WARMUP = 6, 2
 PHASES = ("rollout", "teacher", "student", "optimizer")
 
 
@@ -116,10 +116,11 @@ def one(who, dtype, out):
 def main():
     if sys.argv[1:2] == ["--one"]:
         return one(*sys.argv[2:])
+    rounds = int(sys.argv[1]) if sys.argv[1:] else 3
     report = {}
     with tempfile.TemporaryDirectory() as folder:
         for dtype in ("bfloat16", "float32"):
-            for _ in range(ROUNDS):
+            for _ in range(rounds):
                 for who in ("ours", "TRL"):
                     out = Path(folder, "one.json")
                     run = subprocess.run([sys.executable, __file__, "--one", who, dtype, str(out)],
