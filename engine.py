@@ -104,8 +104,9 @@ class Engine:
         """
         results, stream = [None] * len(prompts), self.stream(prompts, sampling, seeds)
         # disable=None shows the bar on a terminal only.
-        bar = tqdm(stream, "responses", len(results), leave=False, disable=RANK > 0 or None)
-        for i, *result in bar:
+        for i, *result in tqdm(
+            stream, "responses", len(results), leave=False, disable=RANK > 0 or None
+        ):
             results[i] = tuple(result)
         return results
 
@@ -423,6 +424,11 @@ def score(engine, prompts, rollouts):
 def fingerprint(items):
     """16 hex digits of a dict's keys and values."""
     return hashlib.blake2b(repr(sorted(items.items())).encode(), digest_size=8).hexdigest()
+
+
+def tokenizer_revision(tokenizer):
+    """A fingerprint of its vocabulary and chat template."""
+    return fingerprint({**tokenizer.get_vocab(), "chat_template": tokenizer.chat_template})
 
 
 def model_revision(path):

@@ -14,7 +14,6 @@ Each problem gets n responses, of which c are right:
     truncated     share of responses without a stop token
     entropy       of the full softmax at temperature 1, in nats: mean over the tokens of the model's
                   own responses, and over those before and after the first \\boxed
-    repetition    1 - distinct 8-grams / 8-grams of tokens, mean over responses
     ungraded      comparisons that hung or crashed; they count in neither Avg nor Pass
 
 out_dir gets samples.jsonl (every response, its extracted answer, verdict and reason) and
@@ -34,7 +33,14 @@ import torch
 from tqdm import tqdm
 
 from data.problems import load_problems
-from engine import Sampling, choose_engine, fingerprint, make_engine, model_revision
+from engine import (
+    Sampling,
+    choose_engine,
+    fingerprint,
+    make_engine,
+    model_revision,
+    tokenizer_revision,
+)
 from grade import respond, summarise, verdicts_by_problem
 from utils import (
     RANK,
@@ -90,12 +96,11 @@ class Config:
     max_logprob_gap: float | None = None                # nats; None: 0.05 in bf16, 1e-4 in fp32
     max_tokens_per_microbatch: int = 16384              # padded tokens of a forward (entropies)
     window: int = 256                                   # responses that are written together
-    bootstrap: int = 10000                              # resamples of problems, for intervals
 
 
 # No response depends on these: an evaluation may go on with others.
 MAY_CHANGE = ("model", "engine", "rollout_rows", "kv_cache_gb", "rollout_timeout",
-              "max_logprob_gap", "max_tokens_per_microbatch", "window", "bootstrap", "out_dir",
+              "max_logprob_gap", "max_tokens_per_microbatch", "window", "out_dir",
               "overwrite")
 
 
@@ -108,12 +113,9 @@ def load_benchmarks(cfg):
         if not Path(path).is_file():
             remedy = make if count else f"there are {', '.join(BENCHMARKS)}, or give a JSONL file"
             raise UserError(f"no benchmark {path}: {remedy}")
-        problems = load_problems(path)
+        problems = load_problems(path, answered=True)
         if count and len(problems) != count:
             raise UserError(f"{path} has {len(problems)} problems, {given} {count}; {make}")
-        for number, problem in enumerate(problems, 1):
-            if not problem["answer"]:
-                raise UserError(f"{path}: problem {number} has no answer to compare with")
         name = Path(path).stem
         if name in benchmarks:
             raise UserError(f"benchmarks={cfg.benchmarks!r}: two of the name {name}; "
@@ -162,11 +164,10 @@ def settings_of(cfg, benchmarks, tokenizer, sampling):
     settings = dataclasses.asdict(cfg)
     for key in MAY_CHANGE:
         del settings[key]
-    vocabulary = {**tokenizer.get_vocab(), "chat_template": tokenizer.chat_template}
     settings |= {
         "revision": model_revision(cfg.model),
         "stop_ids": sampling.stop_ids,
-        "tokenizer": fingerprint(vocabulary),
+        "tokenizer": tokenizer_revision(tokenizer),
         "problems": {name: fingerprint(dict(enumerate(problems)))
                      for name, (problems, _) in benchmarks.items()},
     }
@@ -209,7 +210,7 @@ def merge_samples(folder, names):
 
 # ----------------------------------------------------------------------------------------- numbers
 
-def interval(values, resamples, seed):
+def interval(values, seed, resamples=10000):
     """95 % interval of the mean over problems, by the percentile bootstrap; None of no values."""
     if not values:
         return None
@@ -300,7 +301,7 @@ def compare(first, second):
 
 def difference(values, form):
     """The mean of differences and its interval, as text."""
-    low, high = interval(values, 10000, 0)
+    low, high = interval(values, 0)
     mean = format(np.mean(values), form)
     return f"{mean:>8} {low:{form}} .. {high:{form}}"
 
@@ -370,7 +371,7 @@ def main(argv):
         rows = [record for record in records if record["benchmark"] == name]
         shares = [np.mean(verdicts) for verdicts in verdicts_by_problem(rows).values()]
         results[name] = summarise(rows) | {
-            "avg_interval": interval(shares, cfg.bootstrap, cfg.seed),
+            "avg_interval": interval(shares, cfg.seed),
             "skipped": len(problems) - len(prompts[name]),
         }
     versions = {package: version(package)

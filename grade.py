@@ -436,7 +436,6 @@ def respond(engine, tokenizer, problems, prompts, pairs, sampling, seed):
             "stop": tokenizer.decode(tokens[-1:]) if reason == "stop" else reason,
             "tokens_after_box": after,
             "entropy_after_box_sum": entropy_after.sum().item(),
-            "repetition": repetition(tokens),
         })
 
     graded = [record for record in records if record["answer"] is not None]
@@ -451,12 +450,6 @@ def tokens_after_box(tokenizer, tokens):
     length = bisect.bisect_left(range(len(tokens) + 1), True,
                                 key=lambda n: "\\boxed" in tokenizer.decode(tokens[:n]))
     return len(tokens) - length if length <= len(tokens) else None
-
-
-def repetition(tokens, n=8):
-    """1 - distinct n-grams / n-grams: 0 where nothing is said twice, near 1 in a loop."""
-    grams = [tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def verdicts_by_problem(records):
@@ -491,7 +484,6 @@ def summarise(records):
     entropy, entropy_before_box, entropy_after_box     mean over tokens, in nats; before and after
                       the first \\boxed, over the responses with a box
     tokens_after_box  mean over the responses with a box
-    repetition        mean over responses
     """
     responses = Counter(record["index"] for record in records)
     k = max(responses.values())
@@ -526,7 +518,6 @@ def summarise(records):
         "entropy_before_box": _ratio(entropy_before, before),
         "entropy_after_box": _ratio(entropy_after, after),
         "tokens_after_box": _ratio(after, len(boxed)),
-        "repetition": _mean([record["repetition"] for record in records]),
     }
 
 

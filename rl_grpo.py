@@ -352,13 +352,7 @@ def main(argv):
     cfg, origin = load_config(Config, argv)
     device = init_processes(cfg.collective_timeout)
     validate(cfg, WORLD)
-    problems, held_out = load_problems(cfg.prompts), []
-    for number, problem in enumerate(problems, 1):
-        if not problem["answer"]:
-            raise UserError(
-                f"{cfg.prompts}: problem {number} has no answer, and the reward is "
-                f"whether the answer is right; remove it"
-            )
+    problems, held_out = load_problems(cfg.prompts, answered=True), []
     if cfg.eval_every:
         held_out = load_problems(cfg.eval_data)[: cfg.eval_prompts]
     path = cfg.reference or cfg.student

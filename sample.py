@@ -34,6 +34,7 @@ from engine import (
     make_engine,
     model_revision,
     score,
+    tokenizer_revision,
 )
 from trajectories import SHARDS, Sampled, finished, write_shard
 from utils import (
@@ -179,12 +180,11 @@ def limits(cfg, model, tokenizer):
 
 def settings_of(cfg, engine, tokenizer, stops, problems):
     """What decides which responses and hidden states a shard holds, as {key: JSON value}."""
-    token_ids = {**tokenizer.get_vocab(), "chat_template": tokenizer.chat_template}
     texts = {i: problem["problem"] for i, problem in enumerate(problems)}
     return {
         **{key: getattr(cfg, key) for key in DECISIVE},
         "revision": model_revision(cfg.model),
-        "tokenizer": fingerprint(token_ids),
+        "tokenizer": tokenizer_revision(tokenizer),
         "problems": fingerprint(texts),
         "stop_ids": list(stops),
         "vocab_size": engine.vocab_size,

@@ -145,7 +145,7 @@ _RANGES = (  # what a key of this name may be, in every config that has it; None
         """
         max_new_tokens rollout_rows max_tokens_per_microbatch num_prompts samples_per_prompt
         num_problems samples_per_problem shard_bytes shard_sequences window
-        bootstrap eval_prompts eval_samples eval_max_new_tokens steps_per_horizon save_every
+        eval_prompts eval_samples eval_max_new_tokens steps_per_horizon save_every
         keep check_sync_every batch_size prompts_per_step updates_per_batch importance_cap""",
     ),
     (

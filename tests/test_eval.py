@@ -18,8 +18,7 @@ import plot
 import utils
 from data import benchmarks
 
-FEW = ("--num_problems=12", "--samples_per_problem=3", "--max_new_tokens=60", "--window=10",
-       "--bootstrap=500")
+FEW = ("--num_problems=12", "--samples_per_problem=3", "--max_new_tokens=60", "--window=10")
 
 
 def run(out, *argv):
@@ -94,7 +93,7 @@ def record(index, sample, correct, reason="", **more):
     return {
         "index": index, "sample": sample, "correct": correct, "reason": reason, "length": 10,
         "entropy_sum": 5.0, "stop": "x", "tokens_after_box": None, "entropy_after_box_sum": 0.0,
-        "repetition": 0.0} | more
+    } | more
 
 
 def test_summary_by_hand():
@@ -118,11 +117,6 @@ def test_summary_by_hand():
     assert none["ungraded"] == 0
 
 
-def test_repetition():
-    assert grade.repetition([1, 2] * 8) == 1 - 2 / 9
-    assert grade.repetition(list(range(20))) == grade.repetition([1]) == 0
-
-
 def test_training_measures_the_same(train, tmp_path):
     """The last evaluation of a run, and eval_math.py on its last checkpoint: the same numbers."""
     rows, out = train("configs/toy_opd.py", "--max_steps=2", "--eval_every=2", "--eval_prompts=6",
@@ -133,7 +127,7 @@ def test_training_measures_the_same(train, tmp_path):
     trained = utils.read_lines(out / "samples_student_000002.jsonl")
     assert [r["response"] for r in trained] == [r["response"] for r in parsed(samples)]
     for key in ("avg_at_k", "pass_at_k", "length", "entropy", "truncated", "stop_reasons",
-                "tokens_after_box", "repetition"):
+                "tokens_after_box"):
         assert report["results"]["middle"][key] == pytest.approx(last[key], rel=1e-4), key
 
 
@@ -241,7 +235,7 @@ def test_bootstrap_covers():
     """The 95 % interval of a mean of 40 coins holds the truth in 88 to 99 of 100 trials."""
     rng, inside = random.Random(0), 0
     for trial in range(100):
-        low, high = eval_math.interval([float(rng.random() < 0.3) for _ in range(40)], 300, trial)
+        low, high = eval_math.interval([float(rng.random() < 0.3) for _ in range(40)], trial, 300)
         inside += low <= 0.3 <= high
     assert 88 <= inside <= 99
 

@@ -408,7 +408,7 @@ def test_more_processes_than_responses():
 def test_prompts_without_answers(rl, tmp_path):
     path = tmp_path / "p.jsonl"
     utils.write_lines(path, [{"problem": "1+2?", "answer": "3"}, {"problem": "2+2?"}])
-    with pytest.raises(utils.UserError, match="p.jsonl: problem 2 has no answer, .* remove it"):
+    with pytest.raises(utils.UserError, match="p.jsonl, line 2: it has no answer .* remove it"):
         rl(f"--prompts={path}")
 
 

@@ -24,7 +24,7 @@ import utils
 
 BUDGETS = {"utils.py": 4000, "engine.py": 3000, "grade.py": 2900, "trajectories.py": 1300,
            "train_distill.py": 3900, "rl_grpo.py": 3200, "sample.py": 2100, "eval_math.py": 2400}
-READER = "data/problems.py"  # of problem files: small, and beside what writes them
+READER = "data/problems.py"  # of problem files, beside what writes them; it counts in the sum too
 READER_BUDGET = 260
 KERNELS = ["kernels/linear_kl.py", "kernels/linear_logp.py"]
 KERNELS_BUDGET = 4300
@@ -76,7 +76,7 @@ def test_budget_of_the_reader():
 def test_budget_of_all():
     kernels = sum(map(count, KERNELS))
     assert kernels <= KERNELS_BUDGET
-    assert sum(map(count, BUDGETS)) + kernels <= ALL_BUDGET
+    assert sum(map(count, [*BUDGETS, READER])) + kernels <= ALL_BUDGET
 
 
 @pytest.mark.parametrize("path", [*BUDGETS, *KERNELS])
