@@ -615,12 +615,24 @@ def test_mistakes(broken, options, message, tmp_path):
     assert not (tmp_path / "run").exists() and sorted(broken.rglob("*")) == before
 
 
+def test_overwrite_through_a_link(train, tmp_path):
+    """Where out_dir links to another disk the run there is replaced, and the link stays."""
+    _, run = train(OPD, "--max_steps=1")
+    link = tmp_path / "link"
+    link.symlink_to(run)
+    rows, _ = train(OPD, "--max_steps=2", "--overwrite", out=link)
+    assert link.is_symlink() and len(steps_of(rows)) == 2
+    assert (run / "step_000002").is_dir() and not (run / "step_000001").exists()
+
+
 def test_mistakes_at_a_resume(train):
     _, run = train(OPD, "--max_steps=1")
     (run / "metrics.jsonl").write_text("")
     for options, message in [
         (["--resume", "--student=data/toy/teacher"],
          "step_000001 was made with student='data/toy/student', not 'data/toy/teacher'; resume "),
+        (["--overwrite", f"--student={run}"],
+         f"--overwrite would delete {run}, which this run reads"),
         (["--overwrite", f"--student={run}/step_000001"],
          f"--overwrite would delete {run}/step_000001, which this run reads"),
         (["--resume", "--max_steps=0"], "max_steps=0: "),
