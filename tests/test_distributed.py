@@ -146,6 +146,7 @@ def test_four_cells_on_two_processes(tmp_path, trajectories):
         assert gates == [(2, "open", 12), (4, "closed", 6)]
 
 
+@pytest.mark.slow                                       # on two cores; two processes are not
 def test_four_processes_and_resume(tmp_path):
     """
     Nine steps, with evaluations, are the same on one process and on four, whole and sharded, and
