@@ -46,9 +46,10 @@ def use_world(name):
     Set what differs between the worlds: lengths, from configs/NAME_curriculum.py, the amounts of
     reverse KL, stop conventions, the arguments of GRPO, and where everything goes.
     """
-    global CONFIGS, OUT, RUNGS, SHORT, LONG, LIMIT, LAMS, STOPS, HARD, GRPO
+    global CONFIGS, PARENT, OUT, RUNGS, SHORT, LONG, LIMIT, LAMS, STOPS, HARD, GRPO
     curriculum = importlib.import_module(f"configs.{name}_curriculum")
     CONFIGS = f"configs/{name}"
+    PARENT = importlib.import_module(f"configs.{name}_cells")    # models and problems of all runs
     RUNGS = curriculum.horizons                          # each is a fixed horizon too
     SHORT, LONG = RUNGS[0], RUNGS[-1]
     LIMIT = curriculum.eval_max_new_tokens
@@ -67,6 +68,7 @@ def use_world(name):
 
 
 use_world("toy")
+
 # Differences up to these count as none: A over 512 responses has a standard error of about 0.02.
 TIE = {"A": 0.02, "P": 0.02, "H": 0.005, "l": 5}
 
@@ -116,9 +118,10 @@ def grpo_runs(folder):
 
 def check_inputs(out):
     """Exit if the runs in `out` were made from other configs or models than there are now."""
-    world = Path(CONFIGS).name
-    data = [path for path in Path(f"data/{world}").rglob("*.*") if path.is_file()]
-    files = sorted([*Path("configs").glob(f"{world}_*.py"), *data])
+    files = [Path(f"{CONFIGS}_{name}.py") for name in ("cells", "curriculum", "grpo", "sample")]
+    files += [Path(PARENT.prompts), Path(PARENT.eval_data)]
+    for folder in (PARENT.student, PARENT.teacher):
+        files += sorted(Path(folder).glob("*.json")) + sorted(Path(folder).glob("*.safetensors"))
     inputs = "".join(f"{file} {zlib.crc32(file.read_bytes())}\n" for file in files)
     record = out / "inputs.txt"
     if record.exists() and record.read_text() != inputs:

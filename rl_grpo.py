@@ -81,7 +81,7 @@ class Config:
     # a first run needs these
     student: str = "out/opd_4b/last"  # folder or hub name: where RL starts
     prompts: str = "data/deepscaler.jsonl"  # JSONL with problem and answer
-    reference: str | None = None  # the KL is to it; None: to the student at the start
+    reference: str | None = None  # the KL is to it; None: to the student at first, if kl_coef
     prompts_per_step: int = 4  # over all ranks
     group_size: int = 8  # responses to each prompt
     max_new_tokens: int = 4096  # stop token included

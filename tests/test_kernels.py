@@ -532,3 +532,38 @@ def test_no_synchronisation():
         linear_kl(*tensors, 0.5)[0].backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+GROWTH = """
+import os, sys
+if sys.argv[1] == "limited":
+    import kernels
+import torch
+
+def megabytes():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
+
+weight = torch.randn(1536, 576, dtype=torch.bfloat16, requires_grad=True)
+for rows in range(800, 920):
+    (torch.randn(rows, 576, dtype=torch.bfloat16) @ weight.T).sum().backward()
+    weight.grad = None
+    if rows == 820:
+        start = megabytes()
+print(megabytes() - start)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads memory from /proc")
+def test_products_of_ever_new_shapes_do_not_pile_up():
+    """In bf16 torch keeps a compiled product for each shape; `kernels` keeps few of them."""
+    grown = {}
+    for how in ("limited", "as it is"):
+        environment = {k: v for k, v in os.environ.items() if "CACHE_CAPACITY" not in k}
+        environment |= {"MALLOC_MMAP_THRESHOLD_": "1000000", "PYTHONPATH": "."}
+        done = subprocess.run([sys.executable, "-c", GROWTH, how], env=environment, check=True,
+                              capture_output=True, text=True)
+        grown[how] = float(done.stdout)
+    if grown["as it is"] < 50:
+        pytest.skip("this machine's products take no memory worth a limit")
+    assert grown["limited"] < grown["as it is"] / 2

@@ -127,6 +127,26 @@ def test_first_tokens_follow_the_model(student, prompts):
     assert chi2 < 40 and likely.sum() < 12
 
 
+def test_a_failure_inside_leaves_nothing_unsharded(monkeypatch):
+    class Shard(torch.nn.Module):
+        calls = []
+
+        def unshard(self):
+            self.calls.append("unshard")
+
+        def reshard(self):
+            self.calls.append("reshard")
+
+        def set_reshard_after_forward(self, on, recurse):
+            self.calls.append(on)
+
+    monkeypatch.setattr(engines, "FSDPModule", Shard)
+    model = torch.nn.Sequential(Shard())
+    with pytest.raises(KeyError), engines.unsharded(model):
+        raise KeyError
+    assert Shard.calls == ["unshard", False, "reshard", True]
+
+
 def test_masked_ids_and_stop_rules(student, prompts):
     """
     Ids past the smaller vocabulary are never sampled, however likely; a response ends on the given

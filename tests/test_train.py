@@ -602,7 +602,7 @@ SOLUTIONS = "--teacher=None --prefix=teacher --reverse_weight=0 --eval_teacher=F
     ("--out_dir={root}/used --overwrite", "no run to resume or to overwrite"),
     ("--out_dir={root}/used --resume", "no run to resume or to overwrite"),
     ("--out_dir={root}/used/thesis.txt", "no run to resume or to overwrite"),
-    ("--resume --overwrite", "overwrite=True: or --resume, not both"),
+    ("--resume --overwrite", "overwrite=True: give --resume or this, not both"),
     ("configs/toy_odp.py", "no config file configs/toy_odp.py"),
 ])
 def test_mistakes(broken, options, message, tmp_path):
