@@ -24,9 +24,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from bench_step import trl_steps  # noqa: E402  (beside this file)
+
 import train_distill  # noqa: E402  (needs the repository on the path)
 import utils  # noqa: E402
-from data.problems import load_problems  # noqa: E402
 
 STUDENT, TEACHER, PROMPTS = "data/smollm/pruned", "data/smollm/base", "data/smollm/train.jsonl"
 BATCH, NEW_TOKENS = 16, 64
@@ -46,34 +47,8 @@ def ours(dtype, folder):
 
 def trl(dtype, folder):
     """[{"seconds"}] of TRL's DistillationTrainer with the same models, prompts and sampling."""
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl import DistillationConfig, DistillationTrainer
-
-    rows = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *args, **kwargs):
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *args, **kwargs):
-            rows.append({"seconds": time.perf_counter() - self.start})
-
-    problems = load_problems(PROMPTS)[:BATCH * (STEPS + 1)]
-    prompts = Dataset.from_list([
-        {"prompt": [{"role": "user", "content": problem["problem"]}]} for problem in problems])
-    args = DistillationConfig(
-        output_dir=f"{folder}/trl", per_device_train_batch_size=BATCH, max_steps=STEPS,
-        learning_rate=1e-6, max_completion_length=NEW_TOKENS, temperature=1.0, top_p=1.0, top_k=0,
-        beta=1.0, bf16=dtype == "bfloat16", use_cpu=True, gradient_checkpointing=False,
-        lr_scheduler_type="constant", report_to="none", save_strategy="no",
-        logging_strategy="no", disable_tqdm=True)
-    trainer = DistillationTrainer(
-        model=utils.load_model(STUDENT, torch.float32),
-        teacher_model=utils.load_model(TEACHER, getattr(torch, dtype)), args=args,
-        train_dataset=prompts, processing_class=utils.load_tokenizer(STUDENT), callbacks=[Clock()])
-    trainer.train()
-    return rows
+    seconds = trl_steps(STUDENT, TEACHER, PROMPTS, BATCH, NEW_TOKENS, STEPS, dtype, Path(folder))
+    return [{"seconds": step} for step in seconds]
 
 
 def floors(dtype, row):

@@ -70,8 +70,11 @@ def our_steps(student, teacher, folder):
     return seconds, [row["mean_length"] for row in rows]
 
 
-def trl_steps(student, teacher, folder):
-    """Seconds of each of TRL's steps. Raises ImportError where TRL is not installed."""
+def trl_steps(student, teacher, path, batch_size, new_tokens, steps, dtype, folder, stops=None):
+    """
+    Seconds of each of TRL's steps, reverse KL on problems of `path`; dtype "float32" or "bfloat16".
+    Raises ImportError where TRL is not installed.
+    """
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import DistillationConfig, DistillationTrainer
@@ -86,22 +89,22 @@ def trl_steps(student, teacher, folder):
             seconds.append(time.perf_counter() - self.start)
 
     model = utils.load_model(student, torch.float32)
-    model.generation_config.eos_token_id = list(STOPS)
-    problems = load_problems("data/toy/train.jsonl")[:PROMPTS * (WARMUP + STEPS + 1)]
+    model.generation_config.eos_token_id = stops or model.generation_config.eos_token_id
     prompts = Dataset.from_list([
-        {"prompt": [{"role": "user", "content": problem["problem"]}]} for problem in problems])
+        {"prompt": [{"role": "user", "content": problem["problem"]}]}
+        for problem in load_problems(path)[:batch_size * (steps + 1)]])
     args = DistillationConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=PROMPTS,
-        max_steps=WARMUP + STEPS, learning_rate=1e-6, max_completion_length=NEW_TOKENS,
-        temperature=1.0, top_p=1.0, top_k=0, beta=1.0, bf16=False, use_cpu=True,
-        gradient_checkpointing=False, lr_scheduler_type="constant", report_to="none",
-        save_strategy="no", logging_strategy="no", disable_tqdm=True)
+        output_dir=str(folder / "trl"), per_device_train_batch_size=batch_size, max_steps=steps,
+        learning_rate=1e-6, max_completion_length=new_tokens, temperature=1.0, top_p=1.0, top_k=0,
+        beta=1.0, bf16=dtype == "bfloat16", use_cpu=True, gradient_checkpointing=False,
+        lr_scheduler_type="constant", report_to="none", save_strategy="no",
+        logging_strategy="no", disable_tqdm=True)
     trainer = DistillationTrainer(
-        model=model, teacher_model=utils.load_model(teacher, torch.float32), args=args,
+        model=model, teacher_model=utils.load_model(teacher, getattr(torch, dtype)), args=args,
         train_dataset=prompts, processing_class=utils.load_tokenizer(student),
         callbacks=[Clock()])
     trainer.train()
-    return seconds[WARMUP:]
+    return seconds
 
 
 def decoding(student):
@@ -176,7 +179,8 @@ def measure():
             ours += seconds
             lengths += mean_lengths
             with contextlib.suppress(ImportError):
-                theirs += trl_steps(student, teacher, folder)
+                theirs += trl_steps(student, teacher, "data/toy/train.jsonl", PROMPTS, NEW_TOKENS,
+                                    WARMUP + STEPS, "float32", folder, list(STOPS))[WARMUP:]
         for _ in range(ROUNDS):
             seconds, _ = cached_steps(folder, False)
             run += seconds
