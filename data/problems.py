@@ -15,7 +15,9 @@ def load_problems(path, answered=False):
     {"question", "answer"}, whose answer is a worked solution ending in "#### 42", is read as well.
     Raises UserError that names the file and the line, with `answered` also where one has no answer.
     """
-    with as_user_error(f'cannot read {path}, {{"problem": ..., "answer": ...}} on each line'):
+    with as_user_error(
+        f'cannot read problems, {{"problem": ..., "answer": ...}} on each line, from {path}'
+    ):
         lines = Path(path).read_text(encoding="utf-8").split("\n")
         if not any(map(str.strip, lines)):
             raise ValueError("it holds no problems")
