@@ -187,6 +187,7 @@ def test_paper_flops():
     on_policy = generation + teacher + 3 * student
     assert on_policy == pytest.approx(83.98, rel=0.01)  # student prefixes
     assert on_policy / (3 * student) == pytest.approx(3.62, rel=0.01)
+    assert (teacher + 3 * student) / (3 * student) == pytest.approx(3.29, rel=0.01)
 
 
 def test_flops_of_the_real_shapes():
@@ -197,6 +198,7 @@ def test_flops_of_the_real_shapes():
     on_policy = 4 * student + teacher
     assert on_policy / (3 * student) == pytest.approx(3.55, rel=0.002)
     assert on_policy / (3 * student + head) == pytest.approx(3.16, rel=0.002)
+    assert (teacher + 3 * student) / (3 * student + head) == pytest.approx(2.87, rel=0.002)
 
     tiny = Qwen3Config(
         hidden_size=4, num_hidden_layers=1, intermediate_size=3, vocab_size=10, head_dim=2,
