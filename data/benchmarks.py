@@ -1,5 +1,6 @@
 """
-The real benchmarks and training prompts as JSONL files of one schema: problem, answer, source.
+The real benchmarks and training prompts as JSONL files of one schema: problem, answer, source, and
+the worked solution where there is one, for SFT on hard labels.
 
     python data/benchmarks.py                   # all of them, from the model hub, into data/
     python data/benchmarks.py gsm8k math500     # some of them
@@ -58,18 +59,20 @@ class DataError(Exception):
 def convert(name, row, where):
     """One row of an original file in our schema; None for a training prompt without an answer."""
     problem = row.get("problem", row.get("question"))
-    answer = row.get("answer")
+    answer, solution = row.get("answer"), row.get("solution")
     if name == "gsm8k" and isinstance(answer, str):     # a worked solution that ends in "#### 42"
+        solution = answer
         answer = answer.rpartition("####")[2].strip()
-    if answer is None and row.get("solution"):          # MATH: only the solution, with a box
-        answer = extract_answer(row["solution"])
+    if answer is None and solution:                     # MATH: only the solution, with a box
+        answer = extract_answer(solution)
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)                            # AMC23 has 27.0
     if name == "deepscaler" and answer in (None, ""):
         return None                                     # no answer to grade a response by
     if not problem or answer in (None, ""):
         raise DataError(f"{where}: no problem or no answer; found the keys {sorted(row)}")
-    return {"problem": problem.strip(), "answer": str(answer).strip(), "source": name}
+    converted = {"problem": problem.strip(), "answer": str(answer).strip(), "source": name}
+    return converted | ({"solution": solution.strip()} if solution else {})
 
 
 def read(path):

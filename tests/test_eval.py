@@ -308,6 +308,11 @@ def test_answers_of_datasets(tmp_path):
     solution = "so \\boxed{\\frac{1}{2}} . Then \\boxed{x^{2}}."
     row = {"problem": "p", "level": "Level 1", "solution": solution}
     assert benchmarks.convert("math", row, "here")["answer"] == "x^{2}"
+    assert benchmarks.convert("math", row, "here")["solution"] == row["solution"].strip()
+    row = {"question": "6 x 7?", "answer": "6 x 7 = <<6*7=42>>42\n#### 42"}
+    assert benchmarks.convert("gsm8k", row, "here") == {
+        "problem": "6 x 7?", "answer": "42", "source": "gsm8k", "solution": row["answer"]}
+    assert "solution" not in benchmarks.convert("amc23", {"problem": "p", "answer": "1"}, "here")
     with pytest.raises(benchmarks.DataError, match="here: no problem or no answer"):
         benchmarks.convert("math", {"problem": "p", "solution": "none"}, "here")
 
