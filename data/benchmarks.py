@@ -59,9 +59,9 @@ class DataError(Exception):
 def convert(name, row, where):
     """One row of an original file in our schema; None for a training prompt without an answer."""
     problem = row.get("problem", row.get("question"))
-    answer, solution = row.get("answer"), row.get("solution")
+    answer, solution = row.get("answer"), (row.get("solution") or "").strip()
     if name == "gsm8k" and isinstance(answer, str):     # a worked solution that ends in "#### 42"
-        solution = answer
+        solution = answer.strip()
         answer = answer.rpartition("####")[2].strip()
     if answer is None and solution:                     # MATH: only the solution, with a box
         answer = extract_answer(solution)
@@ -72,7 +72,7 @@ def convert(name, row, where):
     if not problem or answer in (None, ""):
         raise DataError(f"{where}: no problem or no answer; found the keys {sorted(row)}")
     converted = {"problem": problem.strip(), "answer": str(answer).strip(), "source": name}
-    return converted | ({"solution": solution.strip()} if solution else {})
+    return converted | ({"solution": solution} if solution else {})
 
 
 def read(path):

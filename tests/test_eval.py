@@ -312,7 +312,8 @@ def test_answers_of_datasets(tmp_path):
     row = {"question": "6 x 7?", "answer": "6 x 7 = <<6*7=42>>42\n#### 42"}
     assert benchmarks.convert("gsm8k", row, "here") == {
         "problem": "6 x 7?", "answer": "42", "source": "gsm8k", "solution": row["answer"]}
-    assert "solution" not in benchmarks.convert("amc23", {"problem": "p", "answer": "1"}, "here")
+    for row in ({"problem": "p", "answer": "1"}, {"problem": "p", "answer": "1", "solution": " "}):
+        assert "solution" not in benchmarks.convert("deepscaler", row, "here")
     with pytest.raises(benchmarks.DataError, match="here: no problem or no answer"):
         benchmarks.convert("math", {"problem": "p", "solution": "none"}, "here")
 
