@@ -31,6 +31,7 @@ from utils import (
     RANK,
     UserError,
     base_model,
+    check_model_path,
     first_line,
     lm_head,
     microbatches,
@@ -156,8 +157,7 @@ class HFEngine(Engine):
         padded = [[0] * (width - len(prompts[i])) + list(prompts[i]) for i in rows]
         ids = torch.tensor(padded, device=device)  # (B, T), padded on the left
         lengths = torch.tensor([len(prompts[i]) for i in rows], device=device)
-        generators = [torch.Generator().manual_seed(seeds[i]) for i in rows]
-        drawn = [torch.rand(limit, generator=generator) for generator in generators]
+        drawn = [torch.rand(limit, generator=torch.Generator().manual_seed(seeds[i])) for i in rows]
         uniforms = torch.stack(drawn).to(device)  # (B, limit)
         written = {i: ([], []) for i in rows}  # tokens and log-probs so far
         cache = DynamicCache(config=self.decoder.config)
@@ -433,10 +433,11 @@ def tokenizer_revision(tokenizer):
 
 def model_revision(path):
     """
-    Which weights these are: the hub's commit, or for a folder a fingerprint of its weight files,
-    by the size and the last megabyte of each.
+    Which weights these are, or which trajectories: the hub's commit, or for a folder a fingerprint
+    of its *.safetensors and *.bin, by the size and the last megabyte of each.
     """
     if not Path(path).is_dir():
+        check_model_path(path)
         return Path(cached_file(path, "config.json")).parent.name
     parts = {}
     for file in [*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]:

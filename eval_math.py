@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.problems import load_problems
+from data.problems import load_problems, usable_prompts
 from engine import (
     Sampling,
     choose_engine,
@@ -57,7 +57,6 @@ from utils import (
     read_lines,
     run,
     stop_ids,
-    usable_prompts,
     write_lines,
 )
 

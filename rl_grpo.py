@@ -32,10 +32,11 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
-from data.problems import load_problems
+from data.problems import load_problems, usable_prompts
 from engine import (
     Sampling,
     choose_engine,
+    fingerprint,
     forward_flops,
     make_engine,
     model_revision,
@@ -51,7 +52,6 @@ from utils import (
     catch_signals,
     check_ranges,
     check_tokenizers,
-    clip_gradients,
     deal,
     end_on_signal,
     init_processes,
@@ -71,8 +71,7 @@ from utils import (
     save_checkpoint,
     start_run,
     stop_ids,
-    stop_unless_finite,
-    usable_prompts,
+    update,
 )
 
 
@@ -360,7 +359,8 @@ def main(argv):
     check_tokenizers(tokenizer, load_tokenizer(path), "the student", "the reference")
     identity = {
         "script": Path(__file__).stem,
-        "student": cfg.student,
+        "student": model_revision(cfg.student),
+        "prompts": fingerprint(dict(enumerate(problems))),
         "reference": model_revision(path) if cfg.reference or cfg.kl_coef else None,
     }
     state, checkpoint = start_run(cfg, (path, cfg.student, cfg.prompts, cfg.eval_data), identity)
@@ -393,9 +393,8 @@ def main(argv):
     longest += max(cfg.max_new_tokens, cfg.eval_max_new_tokens)
     kind = choose_engine(cfg.engine, device)
     engine = make_engine(kind, cfg, student, dtype, vocab_size, longest)
-    parameters = list(student.parameters())
     optimizer = torch.optim.AdamW(
-        parameters, lr=cfg.learning_rate, fused=True, weight_decay=cfg.weight_decay
+        student.parameters(), lr=cfg.learning_rate, fused=True, weight_decay=cfg.weight_decay
     )
     if checkpoint:
         load_checkpoint(checkpoint, student, optimizer)
@@ -458,7 +457,6 @@ def main(argv):
         # 3. updates_per_batch times: loss and gradient of the batch, sum over ranks, clip, step
         own_sums = torch.zeros(5, device=device)  # loss; over tokens: H(q), k3, clipped, c
         largest = torch.tensor([1.0, 0.0], device=device)  # r, |log q_old / q_sampler|
-        rate = cfg.learning_rate * min(1, (step + 1) / max(1, cfg.warmup_steps))
         grad_norm = 0.0
         for _ in range(cfg.updates_per_batch if totals["loss_tokens"] else 0):
             for micro in micros:
@@ -474,13 +472,8 @@ def main(argv):
                 own_sums += torch.stack([loss.detach(), entropy.sum(), *stats])
                 largest = torch.maximum(largest, maxima)
                 timer.lap("student")
-            update_norm = clip_gradients(parameters, cfg.max_grad_norm)
-            grad_norm = max(grad_norm, update_norm)
-            stop_unless_finite(cfg, step + 1, own_sums[0].item(), update_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            norm = update(cfg, optimizer, step + 1, own_sums[0].item())
+            grad_norm = max(grad_norm, norm)
             timer.lap("optimizer")
 
         # 4. log: means over the updates, the largest gradient norm
@@ -490,7 +483,7 @@ def main(argv):
         row |= {
             "step": step + 1,
             "grad_norm": grad_norm,
-            "learning_rate": rate,
+            "learning_rate": optimizer.param_groups[0]["lr"],
             **gaps,
             **timer,
             "tokens_per_second": totals["tokens"] / timer["seconds"],

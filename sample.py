@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from data.problems import load_problems
+from data.problems import encode_chat, load_problems, usable_prompts
 from engine import (
     HFEngine,
     Sampling,
@@ -44,7 +44,6 @@ from utils import (
     barrier,
     check_ranges,
     derive_seed,
-    encode_chat,
     init_processes,
     lm_head,
     load_config,
@@ -56,7 +55,6 @@ from utils import (
     response_hidden,
     run,
     stop_ids,
-    usable_prompts,
 )
 
 
@@ -326,8 +324,7 @@ def main(argv):
     score(engine, probe, engine.generate(probe, short, range(len(probe))))
 
     # 4. sample, and write a shard whenever one is full
-    paths = {"model": cfg.model, "student": cfg.student, "prompts": cfg.prompts}
-    metadata = {"settings": json.dumps(settings | paths)}
+    metadata = {"settings": json.dumps(settings), "model": cfg.model}
     number = 0                              # of this rank's next shard, where no file has it yet
     tokens_done = 0
     flops = 0

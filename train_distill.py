@@ -30,8 +30,16 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from data.problems import load_problems
-from engine import Sampling, choose_engine, forward_flops, make_engine, score
+from data.problems import load_problems, usable_prompts
+from engine import (
+    Sampling,
+    choose_engine,
+    fingerprint,
+    forward_flops,
+    make_engine,
+    model_revision,
+    score,
+)
 from grade import evaluate
 from kernels import linear_kl, linear_logp
 from trajectories import Response, Trajectories, load_head
@@ -44,7 +52,6 @@ from utils import (
     catch_signals,
     check_ranges,
     check_tokenizers,
-    clip_gradients,
     deal,
     end_on_signal,
     init_processes,
@@ -64,8 +71,7 @@ from utils import (
     save_checkpoint,
     start_run,
     stop_ids,
-    stop_unless_finite,
-    usable_prompts,
+    update,
 )
 
 
@@ -453,7 +459,7 @@ def encode_data(cfg, models, trajectories, problems, held_out):
         usable = usable_prompts(cfg.eval_data, held_out, models.template, longest, *limits)
         data.held_out = [(held_out[i], prompt) for i, prompt in usable.items()]
     if trajectories:
-        trajectories.check(horizon, *limits)
+        trajectories.check(cfg, horizon, *limits)
         return data
     usable = usable_prompts(cfg.prompts, problems, models.template, horizon, *limits)
     data.prompts = list(usable.values())
@@ -568,17 +574,18 @@ def main(argv):
     inputs = cfg.student, cfg.teacher, cfg.prompts, cfg.eval_data, cfg.trajectories
     identity = {
         "script": Path(__file__).stem,
-        "student": cfg.student,
-        "trajectories": trajectories and len(trajectories)}
+        "prompts": fingerprint(dict(enumerate(problems)))}
+    for key in ("student", "teacher", "trajectories"):
+        path = getattr(cfg, key)
+        identity[key] = path and model_revision(path)
     state, checkpoint = start_run(cfg, inputs, identity, rung=0, entropies=[], closed=False)
     models = load_models(cfg, trajectories, device)
     data = encode_data(cfg, models, trajectories, problems, held_out)
     engines = make_engines(cfg, models, data, device)
 
     student = models.student
-    parameters = list(student.parameters())
     optimizer = torch.optim.AdamW(
-        parameters, lr=cfg.learning_rate, fused=True, weight_decay=cfg.weight_decay
+        student.parameters(), lr=cfg.learning_rate, fused=True, weight_decay=cfg.weight_decay
     )
     if checkpoint:
         load_checkpoint(checkpoint, student, optimizer)
@@ -627,14 +634,8 @@ def main(argv):
 
         # 4. update: one sum of the gradients over ranks, clip, step
         grad_norm = 0.0
-        rate = cfg.learning_rate * min(1, (step + 1) / max(1, cfg.warmup_steps))
         if numbers["tokens"]:  # else there is nothing to learn from in this step
-            grad_norm = clip_gradients(parameters, cfg.max_grad_norm)
-            stop_unless_finite(cfg, step + 1, numbers["loss"], grad_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            grad_norm = update(cfg, optimizer, step + 1, numbers["loss"])
         timer.lap("optimizer")
 
         # 5. log
@@ -642,7 +643,7 @@ def main(argv):
             "step": step + 1,
             "horizon": horizon,
             "grad_norm": grad_norm,
-            "learning_rate": rate,
+            "learning_rate": optimizer.param_groups[0]["lr"],
             **gaps,
             **timer,
             "tokens_per_second": numbers["tokens"] / timer["seconds"]}

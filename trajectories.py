@@ -19,9 +19,9 @@ hidden are the teacher's last hidden states (of size H_t) that predict the respo
 product with the teacher's LM head is its full distribution over the vocabulary of size V, so they
 replace a forward of the teacher in training. They take 2 H_t bytes a token, not 2 V, and are exact.
 
-The shard's metadata holds "settings", JSON of everything that decides what is in it. Beside each
-shard lies a .jsonl file with the same responses as text, to read, and the folder's tokenizer/ is
-the teacher's tokenizer.
+The shard's metadata holds "settings", JSON of everything that decides what is in it, and "model",
+the path of who wrote it, as it was given, for messages. Beside each shard lies a .jsonl file with
+the same responses as text, to read, and the folder's tokenizer/ is the teacher's tokenizer.
 
 A shard gets its name only when all of it is on the disk, so a kill at any time leaves whole shards.
 Two shards belong together when their settings are equal. A byte that flips later is not noticed.
@@ -35,11 +35,9 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig
-from transformers.utils import cached_file
 
 from engine import model_revision
-from utils import UserError, as_user_error, first_line, write_lines
+from utils import UserError, first_line, lm_head, load_model, write_lines
 
 SHARDS = "[0-9][0-9][0-9]_[0-9][0-9][0-9][0-9][0-9]"     # their names, before the suffix
 
@@ -116,6 +114,7 @@ class Shard:
         self.path = path
         try:
             file = safe_open(path, "pt")
+            self.model = file.metadata()["model"]
             self.settings = json.loads(file.metadata()["settings"])
             self.tensors = tensors = {name: file.get_tensor(name) for name in file.keys()}
             self.offsets = tensors["offsets"]
@@ -206,12 +205,21 @@ class Trajectories:
             )
         self.cached = self.settings["cache_hidden"] and want_hidden
 
-    def check(self, horizon, positions, vocab_size):
+    def check(self, cfg, horizon, positions, vocab_size):
         """
-        UserError where a sequence does not fit the models: where its prompt and the first `horizon`
-        tokens of its response pass `positions`, or an id in it is not below `vocab_size`.
+        UserError where the shards were sampled in another way than cfg says, or for a shorter
+        horizon; and where a sequence does not fit the models: where its prompt and the first
+        `horizon` tokens of its response pass `positions`, or an id is not below `vocab_size`.
         """
+        wanted = {key: getattr(cfg, key) for key in ("temperature", "top_p", "top_k")}
+        sampled = self.settings["max_new_tokens"]
+        if horizon > sampled:
+            raise UserError(
+                f"{self.folder} was sampled with max_new_tokens={sampled}, the horizon is "
+                f"{horizon}; lower max_new_tokens or horizons, or sample again"
+            )
         for shard in self.shards:
+            shard.must_match(wanted, "this run has", "set that, or sample again")
             lengths = shard.tensors["prompt_lengths"] + shard.lengths.clamp(max=horizon)
             longest = lengths.max().item()
             if longest > positions:
@@ -238,32 +246,18 @@ class Trajectories:
 
 def load_head(path, data):
     """
-    The LM head (V, H_t) of the model at `path`, read without the rest of the model, for the hidden
-    states in `data` (Trajectories). Raises UserError where they are not this model's.
+    The LM head (V, H_t) of the model at `path`, for the hidden states in `data` (Trajectories).
+    Raises UserError where they are not this model's.
     """
-    with as_user_error(f"cannot read the LM head of {path}"):
-        index = cached_file(
-            path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False
-        )
-        # A checkpoint of several files has an index that tells which tensor is in which file.
-        files = json.loads(Path(index).read_text())["weight_map"] if index else {}
-        tied = AutoConfig.from_pretrained(path).tie_word_embeddings
-        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
-        with safe_open(cached_file(path, files.get(name, "model.safetensors")), "pt") as weights:
-            head = weights.get_tensor(name)
-
+    head = lm_head(load_model(path, "auto")).detach()   # what load_model would use; the rest goes
     made = data.settings
-    if head.shape[1] != made["hidden_size"]:
-        raise UserError(
-            f"{data.folder} holds hidden states of {made['model']}, of size {made['hidden_size']}, "
-            f"the LM head of {path} takes {head.shape[1]}; set teacher={made['model']!r}"
-        )
-    ours = model_revision(path)
-    theirs = made["revision"]
+    ours, theirs = model_revision(path), made["revision"]
     # A commit of the hub and the fingerprint of a folder have different lengths: not comparable.
-    if ours != theirs and len(ours) == len(theirs):
+    is_other = ours != theirs and len(ours) == len(theirs)
+    if is_other or head.shape[1] != made["hidden_size"]:
         raise UserError(
-            f"{data.folder} holds hidden states of {made['model']}, revision {theirs}; {path} is "
-            f"{ours}; set teacher to that one, or sample again"
+            f"{data.folder} holds hidden states of {data.shards[0].model}, revision {theirs}, of "
+            f"size {made['hidden_size']}; {path} is {ours}, its LM head takes {head.shape[1]}; set "
+            f"teacher to that one, or sample again"
         )
     return head

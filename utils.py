@@ -1,6 +1,6 @@
 """
-Shared by the stages: config files, processes and seeds, prompts, models, forward passes that keep
-the hidden states of response tokens only, checkpoints and logs.
+Shared by the stages: config files, processes and seeds, models, forward passes that keep the hidden
+states of response tokens only, checkpoints and logs.
 
 Shape suffixes: B sequences in a micro-batch, T tokens in the longest of them, N response tokens,
 H hidden size, V vocabulary. A *sequence* is a pair (prompt ids, response ids), two lists of ints.
@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -62,7 +62,7 @@ def as_user_error(what):
     """Inside, an error of a library becomes a UserError: one line that begins with `what`."""
     try:
         yield
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # each library has errors of its own
         raise UserError(f"{what}: {first_line(error)}") from error
 
 
@@ -303,52 +303,6 @@ def _epoch(n, seed, epoch):
     return random.Random(derive_seed(seed, "epoch", epoch)).sample(range(n), n)
 
 
-# ----------------------------------------------------------------------------------------- prompts
-
-
-def encode_chat(tokenizer, messages):
-    """Token ids of a conversation [{"role", "content"}] by the chat template, ready to answer."""
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{tokenizer.name_or_path}: its tokenizer has no chat template; "
-            f"add a chat_template.jinja beside it"
-        )
-    text = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, enable_thinking=False, tokenize=False
-    )
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
-def encode_prompt(tokenizer, problem):
-    """Token ids of one user message, ready to be answered."""
-    return encode_chat(tokenizer, [{"role": "user", "content": problem}])
-
-
-def usable_prompts(path, problems, tokenizer, horizon, positions, vocab_size):
-    """
-    {index: prompt ids} of the problems that leave room for `horizon` new tokens among `positions`;
-    the others are counted in a warning. UserError where none does, or an id is past the vocabulary.
-    """
-    prompts = [encode_prompt(tokenizer, row["problem"]) for row in problems]
-    usable = {i: ids for i, ids in enumerate(prompts) if len(ids) + horizon <= positions}
-    limit = f"pass max_position_embeddings={positions} with {horizon} new tokens"
-    if not usable:
-        raise UserError(
-            f"{path}: no usable prompt: {min(map(len, prompts))} tokens and more {limit};"
-            f" lower max_new_tokens, eval_max_new_tokens or horizons"
-        )
-    largest = max(map(max, usable.values()))
-    if largest >= vocab_size:
-        raise UserError(
-            f"{path}: the chat template writes id {largest}, the smaller vocabulary "
-            f"ends at {vocab_size - 1}; choose models of one family"
-        )
-    if len(usable) < len(prompts):
-        skipped = len(prompts) - len(usable)
-        print0(f"warning: {path}: {skipped} of {len(prompts)} prompts skipped: they {limit}")
-    return usable
-
-
 # --------------------------------------------------------------------------- models and tokenizers
 
 
@@ -495,14 +449,24 @@ def clip_gradients(parameters, limit):
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
-def stop_unless_finite(cfg, step, loss, grad_norm):
-    """UserError unless both are finite, before the update is made."""
-    if not math.isfinite(loss + grad_norm):
+def update(cfg, optimizer, step, loss):
+    """
+    The update number `step`, from 1 on: sum the gradients over ranks, clip them, one step of
+    AdamW, at a rate that grows linearly over cfg.warmup_steps. Returns the norm before clipping.
+    UserError, and no update, unless the loss and the norm are finite.
+    """
+    (group,) = optimizer.param_groups
+    norm = clip_gradients(group["params"], cfg.max_grad_norm)
+    if not math.isfinite(loss + norm):
         raise UserError(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, so no update was "
+            f"step {step}: loss {loss}, gradient norm {norm}: not finite, so no update was "
             f"made. The last checkpoint is untouched, and --resume repeats the steps after it "
             f"exactly: try a lower learning_rate than {cfg.learning_rate}, or dtype=float32"
         )
+    group["lr"] = cfg.learning_rate * min(1, step / max(1, cfg.warmup_steps))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 # ----------------------------------------------------------------------------- runs and their logs
@@ -514,7 +478,8 @@ def start_run(cfg, inputs, identity, **own):
     call it, and the first one looks. UserError where the run cannot begin.
 
     inputs: paths that the run reads. identity: {name: value}, equal in a checkpoint and the run
-    that resumes it, such as the script and the student. own: what only this script adds to the
+    that resumes it: the script, and fingerprints of what it learns from, which do not change when
+    a folder is moved. own: what only this script adds to the
     state. There, `step` counts updates, `last_eval_step` is the step whose gate, evaluation and
     checkpoint were last dealt with (-1: none), and `rung_began` is the step at which the
     curriculum's present horizon opened (0 without one).
@@ -564,8 +529,8 @@ def start_run(cfg, inputs, identity, **own):
     for key, now in identity.items():
         if saved.get(key) != now:
             raise UserError(
-                f"{checkpoint} was made with {key}={saved.get(key)!r}, not {now!r}; "
-                f"resume with that, or start a new run from its weights with "
+                f"{checkpoint} was made with another {key}: {saved.get(key)} then, {now} now; "
+                f"resume with that one, or start a new run from its weights with "
                 f"--student={checkpoint}"
             )
     require(cfg.max_steps >= step, cfg, "max_steps", f"{checkpoint} is at step {step}; raise it")

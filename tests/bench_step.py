@@ -30,7 +30,7 @@ import sample  # noqa: E402  (needs the repository on the path)
 import train_distill  # noqa: E402
 import utils  # noqa: E402
 from data import toy  # noqa: E402
-from data.problems import load_problems
+from data.problems import encode_prompt, load_problems
 from engine import HFEngine, Sampling, forward_flops  # noqa: E402
 
 PROMPTS, NEW_TOKENS = 64, 96
@@ -112,7 +112,7 @@ def decoding(student):
     model = utils.load_model(student, torch.float32)
     tokenizer = utils.load_tokenizer(student)
     problems = load_problems("data/toy/train.jsonl")[:PROMPTS]
-    prompts = [utils.encode_prompt(tokenizer, problem["problem"]) for problem in problems]
+    prompts = [encode_prompt(tokenizer, problem["problem"]) for problem in problems]
     engine = HFEngine(model, vocab_size=272)
     sampling = Sampling(NEW_TOKENS, STOPS)
     tokenizer.padding_side = "left"

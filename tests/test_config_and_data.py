@@ -19,7 +19,7 @@ import sample
 import train_distill
 import utils
 from data import toy
-from data.problems import load_problems
+from data.problems import encode_prompt, load_problems
 from engine import HFEngine, Sampling, forward_flops
 from grade import evaluate, grade, pass_at_k, tokens_after_box
 from utils import (
@@ -28,7 +28,6 @@ from utils import (
     check_ranges,
     check_tokenizers,
     deal,
-    encode_prompt,
     lm_head,
     load_config,
     load_tokenizer,

@@ -13,13 +13,12 @@ from conftest import STOPS, same, saved, steps_of, without_times
 import grade
 import sample
 import train_distill
-from data.problems import load_problems
+from data.problems import encode_prompt, load_problems
 from engine import HFEngine, Sampling
 from train_distill import gate
 from utils import (
     UserError,
     derive_seed,
-    encode_prompt,
     load_model,
     load_tokenizer,
     open_run,

@@ -24,8 +24,8 @@ import utils
 
 BUDGETS = {"utils.py": 4000, "engine.py": 3000, "grade.py": 2900, "trajectories.py": 1300,
            "train_distill.py": 3900, "rl_grpo.py": 3200, "sample.py": 2100, "eval_math.py": 2400}
-READER = "data/problems.py"  # of problem files, beside what writes them; it counts in the sum too
-READER_BUDGET = 260
+PROMPTS = "data/problems.py"  # files of problems and their prompts; it counts in the sum too
+PROMPTS_BUDGET = 600
 KERNELS = ["kernels/linear_kl.py", "kernels/linear_logp.py"]
 KERNELS_BUDGET = 4300
 ALL_BUDGET = 27_000
@@ -69,14 +69,14 @@ def test_budget_of_a_file(path):
     assert tokens <= BUDGETS[path], f"{path}: {tokens} code tokens; what comes in pushes out"
 
 
-def test_budget_of_the_reader():
-    assert count(READER) <= READER_BUDGET
+def test_budget_of_the_prompts():
+    assert count(PROMPTS) <= PROMPTS_BUDGET
 
 
 def test_budget_of_all():
     kernels = sum(map(count, KERNELS))
     assert kernels <= KERNELS_BUDGET
-    assert sum(map(count, [*BUDGETS, READER])) + kernels <= ALL_BUDGET
+    assert sum(map(count, [*BUDGETS, PROMPTS])) + kernels <= ALL_BUDGET
 
 
 @pytest.mark.parametrize("path", [*BUDGETS, *KERNELS])
@@ -147,7 +147,7 @@ def test_every_config_key_is_read(stage):
     """By the stage, or by what it calls with its whole config; a check of ranges is no reading."""
     readers = inspect.getsource(engine.make_engine)
     if stage in (train_distill, rl_grpo):
-        for function in (utils.start_run, utils.open_run, utils.save_checkpoint):
+        for function in (utils.start_run, utils.open_run, utils.save_checkpoint, utils.update):
             readers += inspect.getsource(function)
     script = inspect.getsource(stage).replace(inspect.getsource(stage.Config), "")
     if hasattr(stage, "validate"):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import sample
 import train_distill
 import utils
-from data.problems import load_problems
+from data.problems import encode_prompt, load_problems
 from engine import HFEngine, Sampling
 from trajectories import Response, Trajectories, load_head
 
@@ -64,7 +64,7 @@ def steps(rows):
 def rollouts(teacher, tokenizer):
     """(prompt ids, tokens, stop reason) of the 90 responses, straight from the engine."""
     problems = load_problems("data/toy/train.jsonl")[:90]
-    prompts = [utils.encode_prompt(tokenizer, problem["problem"]) for problem in problems]
+    prompts = [encode_prompt(tokenizer, problem["problem"]) for problem in problems]
     seeds = [utils.derive_seed(42, "sample", i, 0) for i in range(90)]
     engine = HFEngine(teacher, vocab_size=272)
     results = engine.generate(prompts, Sampling(48, STOPS), seeds)
@@ -112,7 +112,8 @@ def test_files(shards, teacher, tokenizer, rollouts):
 
         with safe_open(path, "pt") as shard:
             settings = json.loads(shard.metadata()["settings"])
-        assert (settings["model"], settings["seed"]) == ("data/toy/teacher", 42)
+            assert shard.metadata()["model"] == "data/toy/teacher"
+        assert settings["seed"] == 42
         assert settings["temperature"] == 1.0 and settings["stop_ids"] == [257, 260]
         assert len(settings["revision"]) == len(settings["tokenizer"]) == 16
     assert seen == 90
@@ -264,7 +265,8 @@ def test_hard_labels_on_shards(train, shards, student):
 
 def mistake(folder, *argv):
     """The message, in one line, that training on a folder ends with."""
-    options = ["--max_steps=1", "--batch_size=90", "--eval_every=0", f"--out_dir={folder}/run"]
+    options = ["--max_steps=1", "--batch_size=90", "--eval_every=0", "--max_new_tokens=48",
+               f"--out_dir={folder}/run"]
     with pytest.raises(utils.UserError) as caught:
         train_distill.main(
             ["configs/toy_sft.py", f"--trajectories={folder}", *options, *argv]
@@ -276,9 +278,9 @@ def mistake(folder, *argv):
 def rewrite(path, settings=None, **changes):
     """Change some tensors or settings of a shard."""
     with safe_open(path, "pt") as shard:
-        old = json.loads(shard.metadata()["settings"])
-    tensors = {**load_file(path), **changes}
-    save_file(tensors, path, {"settings": json.dumps({**old, **(settings or {})})})
+        metadata = shard.metadata()
+    metadata["settings"] = json.dumps(json.loads(metadata["settings"]) | (settings or {}))
+    save_file({**load_file(path), **changes}, path, metadata)
 
 
 def test_damage(copy):
@@ -336,7 +338,7 @@ def test_foreign_shards(copy, tmp_path):
 
 def test_wrong_teacher(copy, tmp_path):
     message = mistake(copy, "--teacher=data/toy/student")
-    assert "of size 128, the LM head of data/toy/student takes 64" in message
+    assert "of size 128; data/toy/student is " in message and "its LM head takes 64" in message
     other = shutil.copytree("data/toy/teacher", tmp_path / "teacher")
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"] *= 1.01
@@ -351,6 +353,71 @@ def test_wrong_teacher(copy, tmp_path):
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 40}))
     assert "lower max_new_tokens" in mistake(copy, f"--student={short}")
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--temperature=0.3"], "was made with temperature=1.0, this run has 0.3; set that, or sample"),
+    (["--top_p=0.9"], "was made with top_p=1.0, this run has 0.9"),
+    (["--top_k=5"], "was made with top_k=0, this run has 5"),
+    (["--max_new_tokens=49"], "sampled with max_new_tokens=48, the horizon is 49; lower "),
+    (["--horizons=(8,200)"], "sampled with max_new_tokens=48, the horizon is 200; lower "),
+])
+def test_settings_that_contradict_the_shards(shards, options, message):
+    assert message in mistake(shards, *options)
+
+
+def test_a_resume_with_other_trajectories(shards, copy, train):
+    """A folder of as many, sampled anew from another seed, is not the run's; a copy of it is."""
+    options = ["configs/toy_sft.py", "--dtype=float32", "--max_steps=1", "--eval_every=0"]
+    _, run = train(*options, f"--trajectories={shards}")
+    options[2] = "--max_steps=2"
+    other = make(run.parent / "other", "--hidden_dtype=float32", "--seed=7")
+    assert len(contents(other)) == len(contents(shards))
+    with pytest.raises(utils.UserError, match="another trajectories: [0-9a-f]{16} then"):
+        train(*options, f"--trajectories={other}", "--resume", out=run)
+    train(*options, f"--trajectories={copy}", "--resume", out=run)
+
+
+def test_compared_are_models_not_their_paths(shards, tmp_path):
+    """One folder may be filled from a model under two names, and trained on under a third."""
+    out = shutil.copytree(shards, tmp_path / "shards")
+    (out / "000_00001.safetensors").unlink()
+    for name in ("teacher", "student"):
+        shutil.copytree(f"data/toy/{name}", tmp_path / name)
+    prompts = shutil.copy("data/toy/train.jsonl", tmp_path / "prompts.jsonl")
+    make(out, "--hidden_dtype=float32", f"--model={tmp_path}/teacher",
+         f"--student={tmp_path}/student", f"--prompts={prompts}")
+    assert contents(out) == contents(shards)
+    data = Trajectories(out, want_hidden=True)
+    assert {shard.model for shard in data.shards} == {"data/toy/teacher", f"{tmp_path}/teacher"}
+    load_head("data/toy/teacher", data)
+
+
+@pytest.mark.parametrize("says_tied", [True, False])
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_the_head_is_the_one_that_the_model_uses(tmp_path, teacher, says_tied, form):
+    """Where the file has an lm_head.weight of its own, whatever the config says of it."""
+    folder = shutil.copytree("data/toy/teacher", tmp_path / "teacher")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * 2
+    (folder / "model.safetensors").unlink()
+    if form == "bin":
+        torch.save(weights, folder / "pytorch_model.bin")
+    else:
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["tie_word_embeddings"] = says_tied
+    (folder / "config.json").write_text(json.dumps(config))
+    model = utils.load_model(str(folder), torch.float32)
+    out = make(tmp_path / "shards", f"--model={folder}", "--num_prompts=4")
+    data = Trajectories(out, want_hidden=True)
+    head = load_head(str(folder), data).float()
+    response = data[0]
+    ids = torch.tensor([[*response.prompt, *response.tokens]])
+    with torch.no_grad():
+        wanted = model(ids).logits[0, len(response.prompt) - 1:-1]
+    got = response.hidden.float() @ head.T
+    assert (got - wanted).abs().max() < 2e-2 * wanted.abs().max()       # hidden is in bf16
 
 
 def test_untied_head_in_several_files(tmp_path, teacher):
@@ -440,7 +507,7 @@ def test_one_prompt(capsys, teacher, tokenizer):
     assert sample.main(["configs/toy_sample.py", "--prompt=3+4+5?"])
     shown = capsys.readouterr()
     engine = HFEngine(teacher, vocab_size=272)
-    prompt = utils.encode_prompt(tokenizer, "3+4+5?")
+    prompt = encode_prompt(tokenizer, "3+4+5?")
     (tokens, _, _), = engine.generate([prompt], Sampling(160, STOPS), [42])
     assert shown.out.strip() == tokenizer.decode(tokens, skip_special_tokens=True)
     assert f"({len(tokens)} tokens, stopped)" in shown.err

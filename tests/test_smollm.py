@@ -15,7 +15,7 @@ import sample
 import train_distill
 import utils
 from data import smollm
-from data.problems import load_problems
+from data.problems import encode_prompt, load_problems
 from engine import Sampling, choose_engine, make_engine, score
 
 SHORT = ("--max_steps=3", "--max_new_tokens=12", "--eval_every=3", "--eval_prompts=4",
@@ -178,7 +178,7 @@ def greedy(distilled):
     folder = distilled / "last"
     tokenizer, model = utils.load_tokenizer(folder), utils.load_model(folder, torch.float32)
     problem = load_problems(smollm.ROOT / "held_out.jsonl")[0]["problem"]
-    prompt = utils.encode_prompt(tokenizer, problem)
+    prompt = encode_prompt(tokenizer, problem)
     ids = torch.tensor([prompt])
     with torch.no_grad():
         whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,

@@ -21,13 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grade
 import train_distill
-from data.problems import load_problems
+from data.problems import encode_prompt, load_problems
 from engine import HFEngine, Sampling
 from kernels import linear_kl
 from utils import (
     UserError,
     deal,
-    encode_prompt,
     lm_head,
     load_model,
     log_evaluation,
@@ -373,11 +372,11 @@ def test_a_copied_script_has_its_own_name(train, tmp_path, monkeypatch):
 
     _, run = train(OPD, "--max_steps=1")
     again = [OPD, *SHORT, "--max_steps=2", "--resume"]
-    refused = "step_000001 was made with script='train_distill', not 'my_distill'"
+    refused = "step_000001 was made with another script: train_distill then, my_distill now"
     with pytest.raises(UserError, match=refused):
         copy.main([*again, f"--out_dir={run}"])
     copy.main([OPD, *SHORT, "--max_steps=1", f"--out_dir={tmp_path / 'own'}"])
-    refused = "step_000001 was made with script='my_distill', not 'train_distill'"
+    refused = "step_000001 was made with another script: my_distill then, train_distill now"
     with pytest.raises(UserError, match=refused):
         train_distill.main([*again, f"--out_dir={tmp_path / 'own'}"])
 
@@ -630,7 +629,9 @@ def test_mistakes_at_a_resume(train):
     (run / "metrics.jsonl").write_text("")
     for options, message in [
         (["--resume", "--student=data/toy/teacher"],
-         "step_000001 was made with student='data/toy/student', not 'data/toy/teacher'; resume "),
+         "step_000001 was made with another student: "),
+        (["--resume", "--teacher=data/toy/student"],
+         "step_000001 was made with another teacher: "),
         (["--overwrite", f"--student={run}"],
          f"--overwrite would delete {run}, which this run reads"),
         (["--overwrite", f"--student={run}/step_000001"],
@@ -645,6 +646,24 @@ def test_mistakes_at_a_resume(train):
     assert (run / "metrics.jsonl").read_text() == ""
     train(OPD, "--max_steps=1", "--overwrite", out=run)
     assert len(read_lines(run / "metrics.jsonl")) == 1
+
+
+def test_a_resume_knows_contents_not_paths(train, tmp_path):
+    """Folders may move; an edited prompt file, and other weights under the old name, may not."""
+    prompts, student = tmp_path / "prompts.jsonl", tmp_path / "student"
+    shutil.copy("data/toy/train.jsonl", prompts)
+    shutil.copytree("data/toy/student", student)
+    paths = [f"--prompts={prompts}", f"--student={student}"]
+    _, run = train(OPD, "--max_steps=1", *paths)
+    lines = prompts.read_text().splitlines(keepends=True)
+    prompts.write_text("".join([lines[1], lines[0], *lines[2:]]))
+    with pytest.raises(UserError, match="made with another prompts: [0-9a-f]{16} then"):
+        train(OPD, "--max_steps=2", "--resume", *paths, out=run)
+    shutil.copytree("data/toy/teacher", student, dirs_exist_ok=True)
+    with pytest.raises(UserError, match="made with another student: [0-9a-f]{16} then"):
+        train(OPD, "--max_steps=2", "--resume", f"--student={student}", out=run)
+    rows, _ = train(OPD, "--max_steps=2", "--resume", out=run)     # the same by their old paths
+    assert len(steps_of(rows)) == 2
 
 
 def test_command_line():
