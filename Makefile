@@ -64,7 +64,7 @@ results: .venv/installed
 	set -e; for run in base:data/toy/student distilled:out/toy_opd/last teacher:data/toy/teacher; do \
 		$(BIN)/python eval_math.py configs/toy_eval.py --model=$${run#*:} \
 			--out_dir=out/eval_$${run%%:*} --overwrite --extra_stop_ids="(257, 260)"; done
-	$(BIN)/python eval_math.py --table out/eval_base out/eval_distilled out/eval_teacher
+	$(BIN)/python plot.py --eval out/eval_base out/eval_distilled out/eval_teacher
 
 # General abilities of a checkpoint by lm-evaluation-harness, with the paper's numbers of shots; it
 # needs the model hub.

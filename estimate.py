@@ -36,10 +36,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import rl_grpo
 import train_distill
-from engine import attention_sizes, forward_flops
+from engine import forward_flops
 from kernels.linear_kl import CHUNK_BYTES
 from trajectories import Trajectories
-from utils import UserError, check_model_path, first_line, load_config, run
+from utils import UserError, first_line, load_config, model_folder, run
 
 PROMPT = 92                          # tokens of a prompt: the mean in the paper (appendix H.1)
 
@@ -63,7 +63,7 @@ def read_models(cfg):
     """The Models that a run loads. UserError where a config.json is missing."""
     def read(path):
         try:
-            check_model_path(path)
+            model_folder(path)
             return AutoConfig.from_pretrained(path)
         except (OSError, ValueError) as error:
             remedy = f"of {path} config.json is enough here, without weights"
@@ -85,9 +85,21 @@ def read_models(cfg):
     return Models(student, student, teacher, "teacher's LM head" if cached else "teacher")
 
 
-def parameter_count(config):
+def without_weights(config):
+    """The model of a config on the meta device: it has shapes, and takes no memory."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
+        return AutoModelForCausalLM.from_config(config)
+
+
+def parameter_count(config):
+    return without_weights(config).num_parameters()
+
+
+def attention_sizes(config):
+    """(heads x head_dim, key-value heads x head_dim) of a layer."""
+    head_dim = getattr(config, "head_dim", None)
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
+    return config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
 
 
 def gathered_at_once(config):
@@ -163,13 +175,14 @@ def flops(cfg, models):
     lengths = [PROMPT + horizon] * rows
     parts = {}
     if (cfg.group_size or frozen) and not cfg.trajectories:
-        parts["writing the responses"] = forward_flops(writer, lengths)
+        parts["writing the responses"] = forward_flops(without_weights(writer), lengths)
     if kind == "teacher's LM head":
         parts[kind] = 2 * frozen.vocab_size * frozen.hidden_size * rows * horizon
     elif frozen:
-        parts[kind] = forward_flops(frozen, lengths)
+        parts[kind] = forward_flops(without_weights(frozen), lengths)
     forwards = cfg.updates_per_batch * (4 if cfg.gradient_checkpointing else 3)
-    parts["student, forward and backward"] = forwards * forward_flops(student, lengths)
+    parts["student, forward and backward"] = forwards * forward_flops(
+        without_weights(student), lengths)
     return parts | {"a step": sum(parts.values())}
 
 
@@ -177,7 +190,7 @@ def main(argv):
     if "--gpus" in argv:             # as torchrun has it; load_config wants --gpus=8
         i = argv.index("--gpus")
         argv[i:i + 2] = ["=".join(argv[i:i + 2])]
-    cfg, _ = load_config(Config, argv)
+    cfg = load_config(Config, argv)
     models = read_models(cfg)
     device = "one GPU" if cfg.gpu else "the CPU"
     print(f"memory of {device}, GB")

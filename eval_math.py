@@ -3,9 +3,8 @@ Accuracy, length and entropy of a checkpoint on maths problems.
 
     python eval_math.py configs/toy_eval.py --model=out/toy_opd/last      # CPU, seconds
     torchrun --nproc_per_node=8 eval_math.py configs/eval_math.py --model=out/opd_8b/last
-    python eval_math.py --compare out/eval_a out/eval_b       # paired differences, with intervals
-    python eval_math.py --table out/eval_a out/eval_b         # their numbers as a Markdown table
-    python plot.py --eval out/eval_a out/eval_b               # their numbers as bars, results.png
+    python plot.py --eval out/eval_a out/eval_b               # a Markdown table, and results.png
+    python plot.py --compare out/eval_a out/eval_b            # paired differences, with intervals
 
 Each problem gets n responses, of which c are right:
     Avg@n         mean over problems of c / n, with a 95 % bootstrap interval over problems
@@ -32,13 +31,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.problems import load_problems, usable_prompts
+from data.problems import adopt_template, load_problems, load_tokenizer, usable_prompts
 from engine import (
     Sampling,
     choose_engine,
     fingerprint,
     make_engine,
     model_revision,
+    stop_ids,
     tokenizer_revision,
 )
 from grade import respond, summarise, verdicts_by_problem
@@ -52,11 +52,10 @@ from utils import (
     lm_head,
     load_config,
     load_model,
-    load_tokenizer,
+    lock,
     print_config,
     read_lines,
     run,
-    stop_ids,
     write_lines,
 )
 
@@ -86,6 +85,10 @@ class Config:
     top_p: float = 0.95
     top_k: int = 0                                      # 0: all tokens
     extra_stop_ids: tuple[int, ...] = ()                # tokens that end a response, too
+    # A model whose chat template and stop ids are used too: for the row of a Base model, its
+    # teacher, as its distilled checkpoints have them.
+    template: str | None = None
+    chat_template_kwargs: dict | None = None            # None: {"enable_thinking": False}
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     engine: Literal["auto", "hf", "vllm"] = "auto"      # hf: transformers; auto: vllm on a GPU
@@ -106,7 +109,7 @@ MAY_CHANGE = ("model", "engine", "rollout_rows", "kv_cache_gb", "rollout_timeout
 def load_benchmarks(cfg):
     """{name: (problems, responses to each)}; every problem has an answer."""
     benchmarks = {}
-    for given in filter(None, cfg.benchmarks.split(",")):
+    for given in filter(None, map(str.strip, cfg.benchmarks.split(","))):
         path, count, samples = BENCHMARKS.get(given, (given, None, 3))
         make = f"make it with `python data/benchmarks.py {given}`"
         if not Path(path).is_file():
@@ -129,9 +132,11 @@ def load_benchmarks(cfg):
 def open_model(cfg, benchmarks, device):
     """Tokenizer, engine and sampling of cfg.model, and {benchmark: {index: prompt's token ids}}."""
     dtype = getattr(torch, cfg.dtype)
-    tokenizer = load_tokenizer(cfg.model)
+    tokenizer = load_tokenizer(cfg.model, cfg.chat_template_kwargs)
     model = load_model(cfg.model, dtype, device).requires_grad_(False)
     ends = {*stop_ids(model.generation_config, tokenizer), *cfg.extra_stop_ids}
+    if cfg.template:
+        ends.update(adopt_template(tokenizer, cfg.template, cfg.chat_template_kwargs))
     sampling = Sampling(
         cfg.max_new_tokens, tuple(sorted(ends)), cfg.temperature, cfg.top_p, cfg.top_k)
 
@@ -150,13 +155,6 @@ def open_model(cfg, benchmarks, device):
 
 
 # --------------------------------------------------------------------------------- out_dir's files
-
-def read_report(folder):
-    path = Path(folder) / "results.json"
-    if not path.is_file():
-        raise UserError(f"no {path}: give folders that eval_math.py has written to the end")
-    return json.loads(path.read_text())
-
 
 def settings_of(cfg, benchmarks, tokenizer, sampling):
     """All that the responses depend on, as JSON gives it back."""
@@ -219,108 +217,24 @@ def interval(values, seed, resamples=10000):
     return np.percentile(means, [2.5, 97.5]).tolist()
 
 
-def accuracy_cells(row):
-    """Avg@k, its interval and Pass@k as texts, "-" where there is none."""
-    avg, passed = ("-" if row[key] is None else f"{row[key]:.3f}"
-                   for key in ("avg_at_k", "pass_at_k"))
-    low_high = row["avg_interval"]
-    return avg, "{:.3f} - {:.3f}".format(*low_high) if low_high else "-", passed
-
-
 def print_table(results):
     print(f"{'':<11}{'k':>3} {'Avg@k':>6} {'95 % interval':<15}{'Pass@k':>7}{'length':>7}"
           f"{'median':>7}{'entropy':>8}{'cut':>7}{'ungr.':>6}")
     for name, row in results.items():
-        avg, low_high, passed = accuracy_cells(row)
+        avg, passed = ("-" if row[key] is None else f"{row[key]:.3f}"
+                       for key in ("avg_at_k", "pass_at_k"))
+        low_high = row["avg_interval"]
+        low_high = "{:.3f} - {:.3f}".format(*low_high) if low_high else "-"
         print(f"{name[:10]:<11}{row['k']:>3} {avg:>6} {low_high:<15}{passed:>7}"
               f"{row['length']:>7.0f}{row['median_length']:>7.0f}{row['entropy']:>8.3f}"
               f"{row['truncated']:>7.1%}{row['ungraded']:>6}")
 
 
-def print_markdown(folders):
-    """A row for each folder and benchmark, and what the numbers were measured with."""
-    print("| | problems | k | Avg@k (95 %) | Pass@k | length | entropy | truncated |\n"
-          "|---|---|---|---|---|---|---|---|")
-    notes = {}                                          # {text: folders}
-    for folder in folders:
-        report = read_report(folder)
-        label = Path(folder).name
-        for name, row in report["results"].items():
-            avg, low_high, passed = accuracy_cells(row)
-            print(f"| `{label}` on {name} | {row['problems']} | {row['k']} | {avg} ({low_high}) "
-                  f"| {passed} | {row['length']:.1f} | {row['entropy']:.3f} "
-                  f"| {row['truncated']:.1%} |")
-        note = ("T = {temperature}, top-p {top_p}, top-k {top_k}, at most {max_new_tokens} tokens, "
-                "seed {seed}, {dtype} on ").format(**report["settings"])
-        note += f"{report['device']}, torch {report['versions']['torch']}"
-        notes.setdefault(note, []).append(label)
-    for note, labels in notes.items():
-        print(f"\n{note}" + (f" ({', '.join(labels)})" if len(notes) > 1 else "") + ".")
-
-
-def by_problem(folder):
-    """
-    {(benchmark, the problem's text): (share of right responses, mean length)}, of the problems with
-    graded responses.
-    """
-    verdicts = {}
-    lengths = {}
-    for record in read_lines(Path(folder) / "samples.jsonl"):
-        key = record["benchmark"], record["problem"]
-        lengths.setdefault(key, []).append(record["length"])
-        if record["correct"] is not None:
-            verdicts.setdefault(key, []).append(record["correct"])
-    return {key: (np.mean(verdicts[key]), np.mean(lengths[key])) for key in verdicts}
-
-
-def compare(first, second):
-    """Print paired differences, second - first, over the problems both have, with intervals."""
-    there, here = read_report(first), read_report(second)
-    for key, value in there["settings"].items():
-        other = here["settings"].get(key)
-        if key not in ("revision", "problems", "benchmarks") and other != value:
-            print(f"warning: {key} is {value!r} there and {other!r} here")
-
-    before, after = by_problem(first), by_problem(second)
-    shared = sorted(before.keys() & after.keys())
-    if not shared:
-        raise UserError(f"{first} and {second} have no problem in common: "
-                        f"{', '.join(there['results'])} and {', '.join(here['results'])}")
-    print(f"{second} - {first}\n"
-          f"{'':<11}{'problems':>9}{'Avg':>8} {'95 % interval':<18}"
-          f"{'length':>8} {'95 % interval':<16}")
-    for name in there["results"]:
-        differences = [np.subtract(after[key], before[key]) for key in shared if key[0] == name]
-        if differences:
-            shares, lengths = zip(*differences)
-            share = difference(shares, "+.3f")
-            length = difference(lengths, "+.0f")
-            print(f"{name[:10]:<11}{len(shares):>9}{share:<27}{length:<25}")
-
-
-def difference(values, form):
-    """The mean of differences and its interval, as text."""
-    low, high = interval(values, 0)
-    mean = format(np.mean(values), form)
-    return f"{mean:>8} {low:{form}} .. {high:{form}}"
-
-
 # -------------------------------------------------------------------------------------------- main
 
 def main(argv):
-    if argv[:1] == ["--compare"]:
-        if len(argv) != 3:
-            raise UserError("--compare takes two folders: "
-                            "python eval_math.py --compare out/eval_a out/eval_b")
-        return compare(*argv[1:])
-    if argv[:1] == ["--table"]:
-        if len(argv) < 2:
-            raise UserError("--table takes folders: "
-                            "python eval_math.py --table out/eval_a out/eval_b")
-        return print_markdown(argv[1:])
-
     # 1. the problems, the model, and where its responses end
-    cfg, origin = load_config(Config, argv)
+    cfg = load_config(Config, argv)
     check_ranges(cfg)
     device = init_processes(timeout_seconds=7 * 86400)    # they meet at the end only
     benchmarks = load_benchmarks(cfg)
@@ -333,12 +247,13 @@ def main(argv):
     barrier()                                           # every rank has looked
     if RANK == 0:
         out_dir.mkdir(parents=True, exist_ok=True)
+        lock(out_dir)
         if cfg.overwrite:
             for path in [*out_dir.glob("results.*"), *out_dir.glob("samples*.jsonl")]:
                 path.unlink()
         write_lines(out_dir / "settings.json", [settings], mode="w")
         merge_samples(out_dir, list(benchmarks))
-        print_config(cfg, origin)
+        print_config(cfg)
     barrier()
     done = {(record["benchmark"], record["index"], record["sample"])
             for record in read_lines(out_dir / "samples.jsonl")}
@@ -387,7 +302,7 @@ def main(argv):
     print_table(results)
     print(f"{len(records)} responses at T = {cfg.temperature}, top-p {cfg.top_p}, top-k "
           f"{cfg.top_k}, at most {cfg.max_new_tokens} tokens, seed {cfg.seed}; in {out_dir}\n"
-          f"a picture of it: python plot.py --eval {out_dir}")
+          f"a picture and a Markdown table: python plot.py --eval {out_dir}")
 
 
 if __name__ == "__main__":

@@ -409,8 +409,10 @@ def respond(engine, tokenizer, problems, prompts, pairs, sampling, seed):
     are those of the full softmax at temperature 1, in nats, summed over a response's tokens.
     """
     from engine import score
-    from utils import derive_seed
+    from utils import derive_seed, print_once
 
+    if sampling.temperature == 0 and any(sample for _, sample in pairs):
+        print_once("warning: at T = 0 all responses to a problem are the same: one is enough")
     asked = [prompts[index] for index, _ in pairs]
     seeds = [derive_seed(seed, "eval", index, sample) for index, sample in pairs]
     rollouts = engine.generate(asked, sampling, seeds)
@@ -485,12 +487,22 @@ def summarise(records):
                       the first \\boxed, over the responses with a box
     tokens_after_box  mean over the responses with a box
     """
+    from utils import print0
+
     responses = Counter(record["index"] for record in records)
     k = max(responses.values())
     verdicts = verdicts_by_problem(records).values()
     pass_at = {}
     for i in range(1, k + 1):
         pass_at[i] = _mean([pass_at_k(len(v), sum(v), i) for v in verdicts if len(v) >= i])
+
+    score = _mean([_mean(v) for v in verdicts])
+    if score == 0:
+        wrong = next(record for record in records if record["correct"] is False)
+        print0(
+            f"warning: not one response is right: are gold answers as they should be? One is "
+            f"{wrong['answer']!r}, the answer found is {wrong['extracted']!r}"
+        )
 
     lengths = [record["length"] for record in records]
     entropy = sum(record["entropy_sum"] for record in records)
@@ -502,7 +514,7 @@ def summarise(records):
 
     stops = Counter(record["stop"] for record in records)
     return {
-        "avg_at_k": _mean([_mean(v) for v in verdicts]),
+        "avg_at_k": score,
         "pass_at_k": pass_at[k],
         "pass_at": pass_at,
         "k": k,

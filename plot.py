@@ -4,7 +4,8 @@ Curves and a table from any set of runs.
     python plot.py out/toy_opd                           # writes out/toy_opd/curves.png
     python plot.py out/toy_opd out/toy_sft --y accuracy entropy length --x tflops --out compare.png
     python plot.py out/a out/b --row out/c out/d         # two rows of panels
-    python plot.py --eval out/eval_a out/eval_b          # bars, from eval_math.py's folders
+    python plot.py --eval out/eval_a out/eval_b          # bars and a Markdown table of evaluations
+    python plot.py --compare out/eval_a out/eval_b       # their paired differences, with intervals
 
 Each run folder holds metrics.jsonl. Its evaluations have accuracy (Avg@k), pass, entropy,
 entropy_before_box, entropy_after_box, length, truncated and tokens_after_box; the teacher's is a
@@ -187,18 +188,51 @@ def table_rows(runs):
     return rows + list(teachers.values())
 
 
-def draw_evaluations(folders):
-    """
-    Bars of accuracy and response length from the results.json of eval_math.py's folders, a group
-    for each folder and benchmark. Written to results.png in the first folder.
-    """
-    labels = []
-    rows = []
+def read_reports(folders):
+    """{folder: results.json of eval_math.py}."""
+    reports = {}
     for folder in folders:
         path = Path(folder) / "results.json"
         if not path.is_file():
             sys.exit(f"error: no {path}; give folders that eval_math.py has written to the end")
-        for name, row in json.loads(path.read_text())["results"].items():
+        reports[str(folder)] = json.loads(path.read_text())
+    return reports
+
+
+def evaluation_table(reports):
+    """Markdown lines: a row for each folder and benchmark, and what they were measured with."""
+    lines = ["| | problems | k | Avg@k (95 %) | Pass@k | length | entropy | truncated |",
+             "|---|---|---|---|---|---|---|---|"]
+    notes = {}                                          # {text: folders}
+    for folder, report in reports.items():
+        label = Path(folder).name
+        for name, row in report["results"].items():
+            accuracy = "-"
+            if row["avg_at_k"] is not None:
+                low, high = row["avg_interval"]
+                accuracy = f"{row['avg_at_k']:.3f} ({low:.3f} - {high:.3f})"
+            passed = "-" if row["pass_at_k"] is None else f"{row['pass_at_k']:.3f}"
+            lines.append(f"| `{label}` on {name} | {row['problems']} | {row['k']} | {accuracy} "
+                         f"| {passed} | {row['length']:.1f} | {row['entropy']:.3f} "
+                         f"| {row['truncated']:.1%} |")
+        note = ("T = {temperature}, top-p {top_p}, top-k {top_k}, at most {max_new_tokens} tokens, "
+                "seed {seed}, {dtype} on ").format(**report["settings"])
+        note += f"{report['device']}, torch {report['versions']['torch']}"
+        notes.setdefault(note, []).append(label)
+    for note, labels in notes.items():
+        lines += ["", note + (f" ({', '.join(labels)})" if len(notes) > 1 else "") + "."]
+    return lines
+
+
+def draw_evaluations(reports, out):
+    """
+    Bars of accuracy and response length to `out`, a group for each folder and benchmark of
+    `reports`, as `read_reports` returns them.
+    """
+    labels = []
+    rows = []
+    for folder, report in reports.items():
+        for name, row in report["results"].items():
             labels.append(f"{Path(folder).name}\n{name}, k = {row['k']}")
             rows.append(row)
 
@@ -226,15 +260,69 @@ def draw_evaluations(folders):
         axis.set_title(title, fontsize=10)
         axis.legend(frameon=False, ncols=2, loc="upper center", fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    out = Path(folders[0]) / "results.png"
     figure.savefig(out, dpi=120)
     plt.close(figure)
-    print(f"wrote {out}")
+
+
+def by_problem(folder):
+    """
+    {(benchmark, the problem's text): (share of right responses, mean length)}, of the problems with
+    graded responses.
+    """
+    verdicts = {}
+    lengths = {}
+    for line in (Path(folder) / "samples.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        key = record["benchmark"], record["problem"]
+        lengths.setdefault(key, []).append(record["length"])
+        if record["correct"] is not None:
+            verdicts.setdefault(key, []).append(record["correct"])
+    return {key: (np.mean(verdicts[key]), np.mean(lengths[key])) for key in verdicts}
+
+
+def compare(first, second):
+    """Print paired differences, second - first, over the problems both have, with intervals."""
+    there, here = read_reports([first, second]).values()
+    for key, value in there["settings"].items():
+        other = here["settings"].get(key)
+        if key not in ("revision", "problems", "benchmarks") and other != value:
+            print(f"warning: {key} is {value!r} there and {other!r} here")
+
+    before, after = by_problem(first), by_problem(second)
+    shared = sorted(before.keys() & after.keys())
+    if not shared:
+        sys.exit(f"error: {first} and {second} have no problem in common: "
+                 f"{', '.join(there['results'])} and {', '.join(here['results'])}")
+    print(f"{second} - {first}\n"
+          f"{'':<11}{'problems':>9}{'Avg':>8} {'95 % interval':<18}"
+          f"{'length':>8} {'95 % interval':<16}")
+    for name in there["results"]:
+        differences = [np.subtract(after[key], before[key]) for key in shared if key[0] == name]
+        if differences:
+            shares, lengths = zip(*differences)
+            share = difference(shares, "+.3f")
+            length = difference(lengths, "+.0f")
+            print(f"{name[:10]:<11}{len(shares):>9}{share:<27}{length:<25}")
+
+
+def difference(values, form):
+    """The mean of differences and its interval, as text."""
+    from eval_math import interval
+
+    low, high = interval(values, 0)
+    mean = format(np.mean(values), form)
+    return f"{mean:>8} {low:{form}} .. {high:{form}}"
 
 
 def main():
     if sys.argv[1:2] == ["--eval"] and sys.argv[2:]:
-        return draw_evaluations(sys.argv[2:])
+        reports = read_reports(sys.argv[2:])
+        out = Path(sys.argv[2]) / "results.png"
+        draw_evaluations(reports, out)
+        print(f"wrote {out}")
+        return print("\n".join(evaluation_table(reports)))
+    if sys.argv[1:2] == ["--compare"] and len(sys.argv) == 4:
+        return compare(*sys.argv[2:])
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders")

@@ -32,7 +32,15 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
-from data.problems import load_problems, usable_prompts
+from data.problems import (
+    adopt_template,
+    check_tokenizers,
+    deal,
+    load_problems,
+    load_tokenizer,
+    usable_prompts,
+    warn_of_overlap,
+)
 from engine import (
     Sampling,
     choose_engine,
@@ -41,25 +49,22 @@ from engine import (
     make_engine,
     model_revision,
     score,
+    stop_ids,
 )
 from grade import evaluate, grade_all
 from kernels import linear_logp
 from utils import (
     WORLD,
     Timer,
-    UserError,
     all_reduce,
     catch_signals,
     check_ranges,
-    check_tokenizers,
-    deal,
     end_on_signal,
     init_processes,
     lm_head,
     load_checkpoint,
     load_config,
     load_model,
-    load_tokenizer,
     log_evaluation,
     log_step,
     microbatches,
@@ -70,7 +75,6 @@ from utils import (
     run,
     save_checkpoint,
     start_run,
-    stop_ids,
     update,
 )
 
@@ -80,6 +84,8 @@ class Config:
     # a first run needs these
     student: str = "out/opd_4b/last"  # folder or hub name: where RL starts
     prompts: str = "data/deepscaler.jsonl"  # JSONL with problem and answer
+    template: str | None = None  # a model whose chat template is used, as for a Base student
+    stop: Literal["union", "student"] = "union"  # with `template`: whose stop ids end a response
     reference: str | None = None  # the KL is to it; None: to the student at first, if kl_coef
     prompts_per_step: int = 4  # over all ranks
     group_size: int = 8  # responses to each prompt
@@ -118,6 +124,7 @@ class Config:
     seed: int = 42
     resume: bool = False  # go on from the newest checkpoint in out_dir, if there is one
     overwrite: bool = False  # delete the run in out_dir first
+    wandb: bool = False  # also log to Weights & Biases; project and name are those of out_dir
     # rollouts
     temperature: float = 1.0
     top_p: float = 1.0
@@ -128,6 +135,7 @@ class Config:
     rollout_timeout: float = 600.0  # seconds without a finished response before vLLM is given up
     check_sync_every: int = 50  # steps between comparisons of the engine's log-probs with ours
     max_logprob_gap: float | None = None  # nats, mean over tokens; None: 0.05 in bf16, 1e-4 in fp32
+    chat_template_kwargs: dict | None = None  # None: {"enable_thinking": False}
 
 
 # What differs from GRPO in DeepSeekMath (arXiv 2402.03300):
@@ -304,9 +312,8 @@ def count_tokens_and_flops(responses, batch, models):
         "reference_flops": 0,
     }
     for name, rows in {"sampled": responses, **dict.fromkeys(models, batch)}.items():
-        config = models.get(name, models["student"]).config
         lengths = [len(r.prompt) + len(r.tokens) for r in rows]
-        own[f"{name}_flops"] = forward_flops(config, lengths)
+        own[f"{name}_flops"] = forward_flops(models.get(name, models["student"]), lengths)
     return dict(zip(own, all_reduce(torch.tensor([*own.values()], dtype=torch.float64)).tolist()))
 
 
@@ -348,14 +355,15 @@ COLUMNS = dict(
 
 
 def main(argv):
-    cfg, origin = load_config(Config, argv)
+    cfg = load_config(Config, argv)
     device = init_processes(cfg.collective_timeout)
     validate(cfg, WORLD)
     problems, held_out = load_problems(cfg.prompts, answered=True), []
     if cfg.eval_every:
         held_out = load_problems(cfg.eval_data)[: cfg.eval_prompts]
+        warn_of_overlap(problems, held_out)
     path = cfg.reference or cfg.student
-    tokenizer = load_tokenizer(cfg.student)
+    tokenizer = load_tokenizer(cfg.student, cfg.chat_template_kwargs)
     check_tokenizers(tokenizer, load_tokenizer(path), "the student", "the reference")
     identity = {
         "script": Path(__file__).stem,
@@ -372,6 +380,12 @@ def main(argv):
     vocab_size = min(len(lm_head(model)) for model in models.values())
     positions = min(model.config.max_position_embeddings for model in models.values())
     limits = positions, vocab_size
+    stops = stop_ids(student.generation_config, tokenizer)
+    if cfg.template:
+        theirs = adopt_template(tokenizer, cfg.template, cfg.chat_template_kwargs)
+        if cfg.stop == "union":
+            stops = sorted({*stops, *theirs})
+        student.generation_config.eos_token_id = stops  # whoever loads a checkpoint stops there too
     usable = usable_prompts(cfg.prompts, problems, tokenizer, cfg.max_new_tokens, *limits)
     prompts, golds = list(usable.values()), [problems[i]["answer"] for i in usable]
     if held_out:
@@ -379,27 +393,20 @@ def main(argv):
             cfg.eval_data, held_out, tokenizer, cfg.eval_max_new_tokens, *limits
         )
         held_out = [(held_out[i], prompt) for i, prompt in usable.items()]
-    stops = stop_ids(student.generation_config, tokenizer)
-    for stop in stops:
-        if tokenizer.convert_ids_to_tokens(stop) is None:
-            raise UserError(
-                f"{cfg.student}: its tokenizer does not know the stop id {stop} of its "
-                f"generation config: they belong to different models; copy the "
-                f"tokenizer of the model that it was trained from"
-            )
     sampling = Sampling(cfg.max_new_tokens, stops, cfg.temperature, cfg.top_p, cfg.top_k)
     eval_sampling = Sampling(cfg.eval_max_new_tokens, stops, cfg.eval_temperature, cfg.eval_top_p)
     longest = max(map(len, prompts + [prompt for _, prompt in held_out]))
     longest += max(cfg.max_new_tokens, cfg.eval_max_new_tokens)
-    kind = choose_engine(cfg.engine, device)
-    engine = make_engine(kind, cfg, student, dtype, vocab_size, longest)
+    engine = make_engine(
+        choose_engine(cfg.engine, device), cfg, student, dtype, vocab_size, longest
+    )
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=cfg.learning_rate, fused=True, weight_decay=cfg.weight_decay
     )
     if checkpoint:
         load_checkpoint(checkpoint, student, optimizer)
     save = partial(save_checkpoint, cfg, student, tokenizer, optimizer, state)
-    open_run(cfg, origin, state)  # from here on files are written
+    open_run(cfg, student, tokenizer, state)  # from here on files are written
     start_step = state["step"]
     print0(f"{len(prompts)} prompts, {WORLD} process(es) on {device.type}, from step {start_step}")
     catch_signals()
@@ -441,6 +448,12 @@ def main(argv):
 
         # 2. rewards, shared with all ranks; advantages within the groups; who is in the loss
         rewards, truncated = share_rewards(cfg, responses, tokenizer)
+        if step < 5 and not rewards.nansum():
+            print0(
+                f"warning: no reward in step {step + 1}: are gold answers as they should be? "
+                f"{responses[0].gold!r} was wanted, "
+                f"{tokenizer.decode(responses[0].tokens)[-50:]!r} is the end of the response"
+            )
         advantages = group_advantages(rewards, cfg.scale_rewards).flatten().tolist()
         in_loss = ~rewards.flatten().isnan() & ~(truncated & cfg.mask_truncated)
         batch = [response for response in responses if in_loss[response.place]]

@@ -24,16 +24,16 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from data.problems import encode_chat, load_problems, usable_prompts
+from data.problems import encode_chat, load_problems, load_tokenizer, usable_prompts
 from engine import (
     HFEngine,
     Sampling,
     choose_engine,
     fingerprint,
-    forward_flops,
     make_engine,
     model_revision,
     score,
+    stop_ids,
     tokenizer_revision,
 )
 from trajectories import SHARDS, Sampled, finished, write_shard
@@ -48,13 +48,12 @@ from utils import (
     lm_head,
     load_config,
     load_model,
-    load_tokenizer,
+    lock,
     microbatches,
     print0,
     print_config,
     response_hidden,
     run,
-    stop_ids,
 )
 
 
@@ -77,6 +76,7 @@ class Config:
     top_p: float = 1.0
     top_k: int = 0                          # 0: all tokens
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    chat_template_kwargs: dict | None = None    # None: {"enable_thinking": False}; kept with shards
 
     # what is kept
     cache_hidden: bool = False              # keep the last hidden states too: then training needs
@@ -195,6 +195,7 @@ def prepare_folder(out_dir, tokenizer, overwrite):
     barrier()                               # until here other ranks may still read the shards
     out_dir.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
+        lock(out_dir)
         for path in out_dir.glob(f"{SHARDS}.*"):
             whole = path.with_suffix(".safetensors").exists()       # false for a .tmp, too
             if overwrite or not whole:
@@ -266,7 +267,7 @@ def readable(row, problem, tokenizer):
 # --------------------------------------------------------------------------------------------- main
 
 def main(argv):
-    cfg, origin = load_config(Config, argv)
+    cfg = load_config(Config, argv)
     check_ranges(cfg)
     device = init_processes()
     out_dir = Path(cfg.out_dir)
@@ -277,7 +278,7 @@ def main(argv):
 
     # 1. the model and its engine
     dtype = getattr(torch, cfg.dtype)
-    tokenizer = load_tokenizer(cfg.model)
+    tokenizer = load_tokenizer(cfg.model, cfg.chat_template_kwargs)
     model = load_model(cfg.model, dtype, device).requires_grad_(False)
     stops, vocab_size = limits(cfg, model, tokenizer)
     sampling = Sampling(cfg.max_new_tokens, stops, cfg.temperature, cfg.top_p, cfg.top_k)
@@ -309,7 +310,7 @@ def main(argv):
     hidden_dtype = getattr(torch, cfg.hidden_dtype)
     if cfg.cache_hidden:
         token_bytes += model.config.hidden_size * hidden_dtype.itemsize
-    print_config(cfg, origin)
+    print_config(cfg)
     most = len(todo) * cfg.max_new_tokens * token_bytes
     print0(
         f"{len(todo)} responses to sample, {len(done)} are there; {token_bytes:,} bytes a response "
@@ -326,8 +327,6 @@ def main(argv):
     # 4. sample, and write a shard whenever one is full
     metadata = {"settings": json.dumps(settings), "model": cfg.model}
     number = 0                              # of this rank's next shard, where no file has it yet
-    tokens_done = 0
-    flops = 0
     stream = responses(cfg, engine, sampling, prompts, mine)
     bar = tqdm(stream, total=len(mine), unit=" responses", disable=RANK > 0, mininterval=1)
     for rows in in_shards(cfg, token_bytes, bar):
@@ -336,13 +335,10 @@ def main(argv):
         while (path := out_dir / f"{RANK:03d}_{number:05d}.safetensors").exists():
             number += 1
         write_shard(path, rows, hidden, metadata, lines)
-
-        tokens_done += sum(len(row.tokens) for row in rows)
-        flops += forward_flops(model.config, [len(row.prompt) + len(row.tokens) for row in rows])
     # No barrier here: other ranks may be at work for longer than one waits.
     print0(
-        f"done: {len(mine)} responses, {tokens_done} tokens, {flops / 1e12:.3g} TFLOPs of writing; "
-        f"train on them with --prefix=teacher --trajectories={out_dir}"
+        f"done: {len(mine)} responses by this process; train on them with --prefix=teacher "
+        f"--trajectories={out_dir}"
     )
 
 

@@ -30,7 +30,14 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from data.problems import load_problems, usable_prompts
+from data.problems import (
+    check_tokenizers,
+    deal,
+    load_problems,
+    load_tokenizer,
+    usable_prompts,
+    warn_of_overlap,
+)
 from engine import (
     Sampling,
     choose_engine,
@@ -39,6 +46,7 @@ from engine import (
     make_engine,
     model_revision,
     score,
+    stop_ids,
 )
 from grade import evaluate
 from kernels import linear_kl, linear_logp
@@ -51,15 +59,12 @@ from utils import (
     all_reduce,
     catch_signals,
     check_ranges,
-    check_tokenizers,
-    deal,
     end_on_signal,
     init_processes,
     lm_head,
     load_checkpoint,
     load_config,
     load_model,
-    load_tokenizer,
     log_evaluation,
     log_step,
     microbatches,
@@ -70,7 +75,6 @@ from utils import (
     run,
     save_checkpoint,
     start_run,
-    stop_ids,
     update,
 )
 
@@ -115,6 +119,7 @@ class Config:
     seed: int = 42
     resume: bool = False  # go on from the newest checkpoint in out_dir, if there is one
     overwrite: bool = False  # delete the run in out_dir first
+    wandb: bool = False  # also log to Weights & Biases; project and name are those of out_dir
     # rollouts
     temperature: float = 1.0
     top_p: float = 1.0
@@ -126,6 +131,7 @@ class Config:
     rollout_timeout: float = 600.0  # seconds without a finished response before vLLM is given up
     check_sync_every: int = 50  # steps between comparisons of the engine's log-probs with ours
     max_logprob_gap: float | None = None  # nats, mean over tokens; None: 0.05 in bf16, 1e-4 in fp32
+    chat_template_kwargs: dict | None = None  # None: {"enable_thinking": False}
     # processes (torchrun)
     fsdp: bool = False  # shard student and teacher over them; else each holds both whole
     collective_timeout: float = 1800.0  # seconds that one waits for the others before all end
@@ -388,14 +394,14 @@ class Models:
 
 def load_models(cfg, trajectories, device):
     """Both models and their tokenizers, checked against each other, sharded with cfg.fsdp."""
-    tokenizer = template = load_tokenizer(cfg.student)
+    tokenizer = template = load_tokenizer(cfg.student, cfg.chat_template_kwargs)
     for path in (cfg.teacher, trajectories and trajectories.folder / "tokenizer"):
         if path:
-            template = load_tokenizer(path)
+            template = load_tokenizer(path, cfg.chat_template_kwargs)
             check_tokenizers(tokenizer, template, "the student", "the teacher")
             tokenizer.chat_template = template.chat_template
-    dtype, sharded = getattr(torch, cfg.dtype), cfg.fsdp and WORLD > 1
-    host = "cpu" if sharded else device  # sharding moves a layer at a time
+    dtype = getattr(torch, cfg.dtype)
+    host = "cpu" if cfg.fsdp else device  # sharding moves a layer at a time
     student = load_model(cfg.student, torch.float32, host, cfg.gradient_checkpointing)
     models, heads, teacher, head_p = [student], [lm_head(student)], None, None
     if trajectories and trajectories.cached:
@@ -410,7 +416,7 @@ def load_models(cfg, trajectories, device):
         heads.append(lm_head(teacher))
     vocab_size = min(map(len, heads))
     positions = min(model.config.max_position_embeddings for model in models)
-    for model in models if sharded else ():
+    for model in models if cfg.fsdp else ():
         shard(model, dtype)
 
     own_ids = stop_ids(student.generation_config, tokenizer)
@@ -513,8 +519,8 @@ def split(cfg, batch, models):
     own = {
         "tokens": sum(responses),
         "truncated_count": sum(not response.ended for response in batch),
-        "student_flops": forward_flops(models.student.config, lengths),
-        "teacher_flops": forward_flops(models.teacher.config, lengths) if models.teacher else 0}
+        "student_flops": forward_flops(models.student, lengths),
+        "teacher_flops": forward_flops(models.teacher, lengths) if models.teacher else 0}
     sums = all_reduce(torch.tensor([*own.values()], dtype=torch.float64))
     micros = [
         [batch[i] for i in picked]
@@ -559,7 +565,7 @@ COLUMNS = dict(
 
 
 def main(argv):
-    cfg, origin = load_config(Config, argv)
+    cfg = load_config(Config, argv)
     device = init_processes(cfg.collective_timeout)
     validate(cfg, WORLD)
 
@@ -571,13 +577,14 @@ def main(argv):
         problems = load_problems(cfg.prompts)
     if cfg.eval_every or len(cfg.horizons) > 1:
         held_out = load_problems(cfg.eval_data)
+        warn_of_overlap(problems, held_out)
     inputs = cfg.student, cfg.teacher, cfg.prompts, cfg.eval_data, cfg.trajectories
     identity = {
         "script": Path(__file__).stem,
+        "student": model_revision(cfg.student),
+        "teacher": cfg.teacher and model_revision(cfg.teacher),
+        "trajectories": trajectories and trajectories.revision,
         "prompts": fingerprint(dict(enumerate(problems)))}
-    for key in ("student", "teacher", "trajectories"):
-        path = getattr(cfg, key)
-        identity[key] = path and model_revision(path)
     state, checkpoint = start_run(cfg, inputs, identity, rung=0, entropies=[], closed=False)
     models = load_models(cfg, trajectories, device)
     data = encode_data(cfg, models, trajectories, problems, held_out)
@@ -590,7 +597,7 @@ def main(argv):
     if checkpoint:
         load_checkpoint(checkpoint, student, optimizer)
     save = partial(save_checkpoint, cfg, student, models.tokenizer, optimizer, state)
-    open_run(cfg, origin, state)  # from here on files are written
+    open_run(cfg, student, models.tokenizer, state)  # from here on files are written
     start_step, count = state["step"], len(data.responses or data.prompts)
     print0(f"{count} prompts, {WORLD} process(es) on {device.type}, from step {start_step}")
     catch_signals()

@@ -36,7 +36,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from engine import model_revision
+from engine import fingerprint, model_revision
 from utils import UserError, first_line, lm_head, load_model, write_lines
 
 SHARDS = "[0-9][0-9][0-9]_[0-9][0-9][0-9][0-9][0-9]"     # their names, before the suffix
@@ -175,6 +175,7 @@ class Trajectories:
     samples, however they are spread over shards. Empty responses are left out: they teach nothing.
 
         settings    what made the shards
+        revision    a fingerprint of which responses these are
         cached      whether a Response has hidden states: they are there, and want_hidden is True
         rows        [((prompt index, sample), number of the shard, row in it)], sorted
 
@@ -186,20 +187,23 @@ class Trajectories:
         self.folder = Path(folder)
         self.shards = list(shards(folder))
         self.rows = []
+        lengths = {}
         for number, shard in enumerate(self.shards):
             self.settings = self.shards[0].settings
             shard.must_match(self.settings, "shards before it with", f"keep one kind in {folder}")
-            for row, key in enumerate(shard.keys):
-                if shard.lengths[row] > 0:
+            for row, (key, length) in enumerate(zip(shard.keys, shard.lengths.tolist())):
+                if length:
                     self.rows.append((key, number, row))
+                    lengths[key] = length
         self.rows.sort()
+        self.revision = fingerprint(lengths)    # it does not depend on how they lie in shards
 
         if not self.rows:
             raise UserError(
                 f"no trajectories in {folder}: write them first: "
                 f"python sample.py configs/toy_sample.py --out_dir={folder}"
             )
-        if len({key for key, _, _ in self.rows}) < len(self.rows):
+        if len(lengths) < len(self.rows):
             raise UserError(
                 f"{folder} holds some sequences twice; keep the shards of one run of sample.py"
             )

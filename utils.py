@@ -12,13 +12,13 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import fcntl
 import functools
 import hashlib
 import inspect
 import json
 import math
 import os
-import random
 import runpy
 import shutil
 import signal
@@ -42,7 +42,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
@@ -75,10 +75,10 @@ def load_config(cls, argv):
     Python files in their order, then --key=value.
 
     In a file `_names`, modules and functions are ignored, and `from configs.other import *` is
-    inheritance. `--key` alone is --key=True. Returns (config, {key: where its value came from}).
+    inheritance. `--key` alone is --key=True.
     Raises UserError on an unknown key (naming the nearest), a wrong type, or an unreadable file.
     """
-    kinds, values, origin = typing.get_type_hints(cls), {}, {}
+    kinds, values = typing.get_type_hints(cls), {}
     for arg in sorted(argv, key=lambda arg: arg.startswith("--")):
         if arg.startswith("--"):
             key, equals, text = arg[2:].partition("=")
@@ -87,12 +87,13 @@ def load_config(cls, argv):
             given, where = _run_config_file(arg), arg
         for key, value in given.items():
             if key not in kinds:
-                near = difflib.get_close_matches(key, kinds, n=1)
+                near = difflib.get_close_matches(key, kinds, n=1) or [  # or by initials: lr
+                    name for name in kinds if key == "".join(word[0] for word in name.split("_"))
+                ]
                 hint = f"did you mean {near[0]!r}?" if near else "--help lists the keys"
                 raise UserError(f"{where}: unknown key {key!r}; {hint}")
             values[key] = _cast(key, value, kinds[key], where)
-            origin[key] = where
-    return cls(**values), origin
+    return cls(**values)
 
 
 def _run_config_file(path):
@@ -106,8 +107,12 @@ def _run_config_file(path):
         at = error if is_syntax else traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(
             f"{at.filename}, line {at.lineno}: {type(error).__name__}: {error}") from error
-    for key in names.get("__annotations__", ()):
-        raise UserError(f"{path}: `{key}: ...` sets nothing in Python; write `{key} = ...`")
+    for node in ast.walk(ast.parse(Path(path).read_bytes())):
+        if isinstance(node, ast.AnnAssign) and node.value is None:
+            raise UserError(
+                f"{path}, line {node.lineno}: `{ast.unparse(node)}` sets nothing in Python; write "
+                f"= for the colon"
+            )
     return {
         key: value
         for key, value in names.items()
@@ -126,6 +131,8 @@ def _cast(key, value, kind, where):
                 value = (float if float in options else ast.literal_eval)(value)
     if type(value) is int and float in options:
         value = float(value)
+    if isinstance(value, str) and value.startswith("~"):
+        value = os.path.expanduser(value)
     fits = type(value) in options or isinstance(value, str) and value in options
     if typing.get_origin(kind) is tuple:
         fits = isinstance(value, tuple) and all(type(item) in options for item in value)
@@ -157,6 +164,11 @@ _RANGES = (  # what a key of this name may be, in every config that has it; None
     ),
     ("must be in (0, 1]; 1 keeps every token", lambda x: 0 < x <= 1, "top_p eval_top_p"),
     (
+        "one process has nothing to shard; start several with torchrun, or set it False",
+        lambda x: not x or WORLD > 1,
+        "fsdp",
+    ),
+    (
         "must be positive",
         lambda x: x > 0,
         """
@@ -179,12 +191,11 @@ def check_ranges(cfg):
             require(value is None or allowed(value), cfg, key, limit)
 
 
-def print_config(cfg, origin):
-    """One line a key; what differs from the default is marked with where it came from."""
+def print_config(cfg):
+    """One line a key; > marks what differs from the default."""
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
-        mark = f"  <- {origin[field.name]}" if value != field.default else ""
-        print0(f"  {field.name:<26} {value!r}{mark}")
+        print0(f"{'>' if value != field.default else ' '} {field.name:<26} {value!r}")
 
 
 # ----------------------------------------------------------------------------- processes and seeds
@@ -214,9 +225,10 @@ def init_processes(timeout_seconds=7200.0):
     if WORLD > 1 and not dist.is_initialized():
         if gpus:
             torch.cuda.init()  # or a device mesh asks for GPU number LOCAL_RANK of only one
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpus else "gloo",
-            timeout=datetime.timedelta(seconds=timeout_seconds))
+        with as_user_error("cannot join the other processes; start them with torchrun"):
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if gpus else "gloo",
+                timeout=datetime.timedelta(seconds=timeout_seconds))
     return device
 
 
@@ -226,6 +238,7 @@ def print0(*args):
         print(*args, flush=True)
 
 
+print_once = functools.cache(print0)
 _collective = as_user_error("another process has ended, or is silent for longer than a rank waits")
 
 
@@ -255,8 +268,7 @@ def catch_signals():
     def note(number, frame):
         _noted.append((number, time.monotonic()))
         if _noted[-1][1] > _noted[0][1] + 1:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            os._exit(128 + number)
 
     _noted.clear()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -282,49 +294,7 @@ def derive_seed(*parts):
     return int(hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest(), 16) >> 1
 
 
-def deal(n, step, size, seed, group=1):
-    """
-    This rank's share of a training step, [(place, index of the prompt, seed)]. A step has `group`
-    responses to each of `size` prompts, and `place` is a response's number among them. Prompts come
-    from an endless stream of epochs, each a permutation of range(n). Index and seed follow from
-    step and place alone, so there is no cursor to save, and a step is the same on any number of
-    ranks.
-    """
-    dealt = []
-    for place in range(RANK, size * group, WORLD):
-        epoch, i = divmod(step * size + place // group, n)
-        index = _epoch(n, seed, epoch)[i]
-        dealt.append((place, index, derive_seed(seed, "train", step, place)))
-    return dealt
-
-
-@functools.lru_cache(maxsize=2)
-def _epoch(n, seed, epoch):
-    return random.Random(derive_seed(seed, "epoch", epoch)).sample(range(n), n)
-
-
-# --------------------------------------------------------------------------- models and tokenizers
-
-
-def load_tokenizer(path):
-    """The tokenizer of a local folder or hub name. Raises UserError when it is missing."""
-    check_model_path(path, "tokenizer_config.json")
-    with as_user_error(f"cannot read a tokenizer in {path}"):
-        return AutoTokenizer.from_pretrained(path)
-
-
-def check_tokenizers(a, b, whose, others):
-    """
-    UserError unless two tokenizers map the same ids to the same text. End-of-text id, template and
-    padding of the embeddings may differ, and one may have added tokens that the other lacks.
-    """
-    for i in range(min(len(a), len(b))):
-        ours, theirs = a.convert_ids_to_tokens(i), b.convert_ids_to_tokens(i)
-        if ours != theirs:
-            raise UserError(
-                f"incompatible tokenizers: id {i} is {ours!r} for {whose} and "
-                f"{theirs!r} for {others}; choose two models of one family"
-            )
+# ----------------------------------------------------------------------------------------- models
 
 
 def load_model(path, dtype, device="cpu", recompute=False):
@@ -333,14 +303,22 @@ def load_model(path, dtype, device="cpu", recompute=False):
     and runs again in the backward. UserError when it is missing or damaged, or when its logits are
     more than hidden states times the LM head, for the losses need no more.
     """
-    check_model_path(path)
+    path = model_folder(path)
     with as_user_error(f"cannot load a model in {path}"):
+        for file in Path(path).glob("adapter_*"):
+            raise ValueError(f"{file.name} would not be read; merge it into the weights")
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, output_loading_info=True
         )
         if info["missing_keys"]:
             raise ValueError(f"it lacks {min(info['missing_keys'])}, which would be random")
     check_head(model, path)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        print0(f"warning: {path}: of its generation_config only the stop ids stay: {error}")
+        stops = model.generation_config.eos_token_id
+        model.generation_config = GenerationConfig(eos_token_id=stops)
     for layer in model.base_model.layers if recompute else ():
         layer.forward = functools.partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
@@ -368,26 +346,24 @@ def lm_head(model):
     return model.get_output_embeddings().weight
 
 
-def check_model_path(path, file="config.json"):
+def model_folder(path, file="config.json"):
+    """
+    `path`, or the newest checkpoint in it where it is the folder of a run. UserError where it lacks
+    `file` and is no hub name either.
+    """
     folder = Path(path)
     is_hub_name = len(folder.parts) == 2 and not folder.parent.is_dir()
-    if not is_hub_name and not (folder / file).is_file():
-        raise UserError(
-            f"no model folder {path}: it has no {file}; give a folder, or a hub name "
-            f"such as Qwen/Qwen3-0.6B"
-        )
-
-
-def stop_ids(generation_config, tokenizer):
-    """The ids that end a response: all of generation_config.eos_token_id, else the tokenizer's."""
-    ids = generation_config.eos_token_id
-    ids = tokenizer.eos_token_id if ids is None else ids
-    if ids is None:
-        raise UserError(
-            f"{tokenizer.name_or_path}: neither generation_config.json nor the "
-            f"tokenizer has an eos_token_id"
-        )
-    return [ids] if isinstance(ids, int) else list(ids)
+    if is_hub_name:
+        print_once(f"{path}: no folder here, so it is looked for on the model hub")
+    elif not (folder / file).is_file():
+        checkpoints = sorted(folder.glob(f"{_STEP_GLOB}/{file}"))
+        if not checkpoints:
+            raise UserError(
+                f"no model folder {path}: it has no {file}; give a folder, or a hub name "
+                f"such as Qwen/Qwen3-0.6B"
+            )
+        return str(checkpoints[-1].parent)
+    return path
 
 
 # ------------------------------------------------------------- forwards over responses, gradients
@@ -537,19 +513,24 @@ def start_run(cfg, inputs, identity, **own):
     return state | saved, checkpoint
 
 
-def open_run(cfg, origin, state):
+def open_run(cfg, model, tokenizer, state):
     """
-    Make out_dir with run_config.json, and a metrics.jsonl without what came after the checkpoint;
-    print the config. All ranks call it, the first writes.
+    Make out_dir, try whether the student can be saved, write run_config.json and a metrics.jsonl
+    without what came after the checkpoint, print the config. All ranks call it, the first writes.
     """
     barrier()  # every rank has read what --overwrite deletes
     if RANK > 0:
         return
     out_dir = Path(cfg.out_dir)
     if cfg.overwrite and out_dir.exists():
+        lock(out_dir)
         shutil.rmtree(out_dir.resolve())
     out_dir.resolve().mkdir(parents=True, exist_ok=True)  # where out_dir is a link it stays one
-    print_config(cfg, origin)
+    lock(out_dir)
+    trial = out_dir / "trial"  # a model folder without weights
+    _write_checkpoint(trial, model, tokenizer, {}, {}, state)
+    shutil.rmtree(trial)
+    print_config(cfg)
     (out_dir / "run_config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
     metrics = out_dir / "metrics.jsonl"
     metrics.touch()
@@ -560,6 +541,29 @@ def open_run(cfg, origin, state):
         if row["step"] <= state["step" if "loss" in row else "last_eval_step"]
     ]
     write_lines(metrics, kept, mode="w")
+    if cfg.wandb:
+        with as_user_error("wandb"):
+            import wandb
+
+            project, name = out_dir.resolve().parts[-2:]
+            wandb.init(project=project, name=name, id=name, resume="allow", config=vars(cfg))
+
+
+_held = []  # the file of the lock: closed, it would be free
+
+
+def lock(folder):
+    """Until this process ends no other may write to the folder: UserError there, with our name."""
+    path = Path(folder) / ".lock"
+    _held[:] = [open(path, "a")]
+    try:
+        fcntl.flock(_held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(
+            f"out_dir={str(folder)!r}: {path.read_text()} writes there; wait for its end, or "
+            f"choose another name. (Processes of one run are started by torchrun)"
+        ) from error
+    path.write_text(f"process {os.getpid()} on {os.uname().nodename}")
 
 
 def write_lines(path, rows, mode="a"):
@@ -583,6 +587,15 @@ def read_lines(path):
     return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
+def log_row(cfg, row):
+    write_lines(f"{cfg.out_dir}/metrics.jsonl", [row])
+    if cfg.wandb:
+        import wandb
+
+        prefix = row.get("model", "train")
+        wandb.log({f"{prefix}/{key}": value for key, value in row.items()}, step=row["step"])
+
+
 def log_evaluation(cfg, state, name, metrics, records):
     """
     Write what `evaluate` returned to metrics.jsonl, samples_NAME_STEP.jsonl and the terminal.
@@ -590,8 +603,7 @@ def log_evaluation(cfg, state, name, metrics, records):
     """
     step, score, passed = state["step"], metrics["avg_at_k"], metrics["pass_at_k"]
     if RANK == 0:
-        row = {"step": step, "model": name, **metrics}
-        write_lines(f"{cfg.out_dir}/metrics.jsonl", [row])
+        log_row(cfg, {"step": step, "model": name, **metrics})
         write_lines(f"{cfg.out_dir}/samples_{name}_{step:06d}.jsonl", records, mode="w")
     print0(
         f"eval {step:>4} {name:<8} Avg@{metrics['k']} {'-' if score is None else f'{score:.3f}'}  "
@@ -610,7 +622,7 @@ def log_step(cfg, columns, row, header):
     columns: {heading: key of row}.
     """
     if RANK == 0:
-        write_lines(f"{cfg.out_dir}/metrics.jsonl", [row])
+        log_row(cfg, row)
     if header:
         print0(" ".join(f"{name:>7}" for name in columns))
     print0(" ".join(f"{row[key] or 0:>7.3g}" for key in columns.values()))
@@ -666,8 +678,11 @@ def save_checkpoint(cfg, model, tokenizer, optimizer, state):
         links = {"last": state["step"], "best": state["best_step"], "stable": state["rung_began"]}
         links = {link: f"step_{step:06d}" for link, step in links.items() if step}
         for link, target in links.items():
-            path.with_name(link).unlink(missing_ok=True)
-            path.with_name(link).symlink_to(target)
+            with contextlib.suppress(OSError):  # a disk without links; `model_folder` needs none
+                link = path.with_name(link)
+                shutil.rmtree(link, ignore_errors=True)  # a copy, by cp -rL; no link is followed
+                link.unlink(missing_ok=True)
+                link.symlink_to(target)
         for older in sorted(path.parent.glob(_STEP_GLOB))[: -cfg.keep]:
             if older.name not in links.values():
                 shutil.rmtree(older, ignore_errors=True)  # somebody may be reading it
@@ -691,8 +706,8 @@ def _write_checkpoint(path, model, tokenizer, weights, moments, state):
     except Exception as error:  # tokenizers and torch have errors of their own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"cannot save {path}: {first_line(error)}; checkpoints before it are "
-            f"whole: make room, then --resume"
+            f"cannot save {path}: {first_line(error)}; mend that, then --resume: checkpoints "
+            f"before it are whole"
         ) from error
 
 

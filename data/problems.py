@@ -1,45 +1,133 @@
 """
-Problems and the prompts made of them. Problems are in JSONL files of one schema, which
-data/benchmarks.py writes from the original benchmarks and data/toy.py for the toy world.
+Problems, the prompts made of them, and which of the prompts a step of training has.
+
+Problems are in JSONL files of one schema, which data/benchmarks.py writes from the original
+benchmarks and data/toy.py for the toy world.
 """
 
+import functools
 import json
+import random
+import re
 from pathlib import Path
 
-from utils import UserError, as_user_error, print0
+from transformers import AutoTokenizer, GenerationConfig
+
+from engine import stop_ids
+from grade import extract_answer
+from utils import (
+    RANK,
+    WORLD,
+    UserError,
+    as_user_error,
+    derive_seed,
+    model_folder,
+    print0,
+)
 
 
 def load_problems(path, answered=False):
     """
-    Rows {"problem", "answer", "solution"} (str, str | None, str | None) of a JSONL file. GSM8K's
-    {"question", "answer"}, whose answer is a worked solution ending in "#### 42", is read as well.
-    Raises UserError that names the file and the line, with `answered` also where one has no answer.
+    Rows {"problem", "answer", "solution"} (str, str | None, str | None) of a JSONL file; "question"
+    is another name of a problem. Where the answer is a worked solution, ending in GSM8K's "#### 42"
+    or MATH's \\boxed{42}, or where there is only such a solution, it becomes the solution, and what
+    it ends in the answer.
+
+    Raises UserError that names the file, the line and the remedy, with `answered` also where a
+    problem has no answer.
     """
+    if not Path(path).is_file():
+        raise UserError(
+            f"no prompt file {path}: `python data/benchmarks.py {Path(path).stem}` makes it where "
+            f"it is a benchmark, `python data/toy.py` the problems of the toy world"
+        )
     with as_user_error(
-        f'cannot read problems, {{"problem": ..., "answer": ...}} on each line, from {path}'
+        f'{path} must be text with {{"problem": ..., "answer": ...}} on each line, in UTF-8; '
+        f"unpack or convert it"
     ):
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
         if not any(map(str.strip, lines)):
             raise ValueError("it holds no problems")
     rows = []
     for number, line in enumerate(lines, 1):
         with as_user_error(f"{path}, line {number}"):
-            if not line.strip():
-                continue
-            row = dict(json.loads(line))
-            problem = row.get("problem", row.get("question"))
-            answer, solution = row.get("answer"), row.get("solution")
-            if not isinstance(problem, str) or not problem.strip():
-                raise ValueError(f'no "problem" or "question" text; found the keys {sorted(row)}')
-            if isinstance(answer, list | dict) or isinstance(solution, list | dict):
-                raise ValueError('"answer" and "solution" must be text or a number')
-            if isinstance(answer, str) and "####" in answer:
-                solution, answer = answer, answer.split("####")[-1].strip()
-            answer = None if answer is None else str(answer)
-            if answered and not answer:
-                raise ValueError("it has no answer to grade with; remove it")
-            rows.append({"problem": problem, "answer": answer, "solution": solution})
+            if line.strip():
+                rows.append(_row(json.loads(line)))
+                if answered and not rows[-1]["answer"]:
+                    raise ValueError("it has no answer to grade with; remove it")
     return rows
+
+
+def _row(found):
+    if not isinstance(found, dict):
+        raise ValueError(f"a JSON {type(found).__name__}; give one object on each line")
+    json.dumps(found, ensure_ascii=False).encode()      # fails on half of a surrogate pair
+    problem = found.get("problem") or found.get("question")
+    answer, solution = found.get("answer"), found.get("solution")
+    if not isinstance(problem, str) or not problem.strip():
+        raise ValueError(f'no "problem" or "question" text; found the keys {sorted(found)}')
+    if isinstance(answer, list | dict) or isinstance(solution, list | dict):
+        raise ValueError('"answer" and "solution" must be text or a number')
+    worked = solution if answer is None else answer
+    if isinstance(worked, str) and ("####" in worked or "\\boxed" in worked):
+        solution, answer = worked, extract_answer(worked)
+    answer = None if answer is None else str(answer).strip() or None
+    # Tabs and line ends are usual in a problem, in an answer they are the head of \theta or \neq.
+    eaten = re.search(r"[\0-\x08\x0b\x0c\x0e-\x1f]", problem)
+    if eaten := eaten or re.search(r"[\0-\x1f]", answer or ""):
+        raise ValueError(
+            f"{eaten.string[:40]!r} holds the control character {eaten.group()!r}: where it was a "
+            f"backslash and a letter, JSON wants two backslashes, as in \\\\frac"
+        )
+    return {"problem": problem, "answer": answer, "solution": solution}
+
+
+def warn_of_overlap(problems, held_out):
+    """Say how many problems of the evaluation are trained on too, by text in normal form."""
+    known = {_normal(row) for row in problems}
+    shared = sum(_normal(row) in known for row in held_out)
+    if shared:
+        print0(
+            f"warning: {shared} of the {len(held_out)} problems of the evaluation are also among "
+            f"those to train on"
+        )
+
+
+def _normal(row):
+    return "".join(row["problem"].lower().split())
+
+
+def load_tokenizer(path, template_kwargs=None):
+    """
+    The tokenizer of a local folder or hub name. template_kwargs: variables for its chat template,
+    {"enable_thinking": False} where it is None. They are written into the template as defaults, so
+    they go wherever the tokenizer is saved, and every program that uses it makes the same prompts.
+    Raises UserError when it is missing.
+    """
+    path = model_folder(path, "tokenizer_config.json")
+    with as_user_error(f"cannot read a tokenizer in {path}"):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        kwargs = {"enable_thinking": False} if template_kwargs is None else template_kwargs
+        for key, value in kwargs.items() if tokenizer.chat_template else ():
+            set_it = f"{{% set {key} = {json.dumps(value)} %}}"
+            default = f"{{% if {key} is not defined %}}{set_it}{{% endif %}}"
+            if default not in tokenizer.chat_template:
+                tokenizer.chat_template = default + tokenizer.chat_template
+        return tokenizer
+
+
+def check_tokenizers(a, b, whose, others):
+    """
+    UserError unless two tokenizers map the same ids to the same text. End-of-text id, template and
+    padding of the embeddings may differ, and one may have added tokens that the other lacks.
+    """
+    texts = [tokenizer.convert_ids_to_tokens(range(len(tokenizer))) for tokenizer in (a, b)]
+    for i, (ours, theirs) in enumerate(zip(*texts)):
+        if ours != theirs:
+            raise UserError(
+                f"incompatible tokenizers: id {i} is {ours!r} for {whose} and "
+                f"{theirs!r} for {others}; choose two models of one family"
+            )
 
 
 def encode_chat(tokenizer, messages):
@@ -49,10 +137,21 @@ def encode_chat(tokenizer, messages):
             f"{tokenizer.name_or_path}: its tokenizer has no chat template; "
             f"add a chat_template.jinja beside it"
         )
-    text = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, enable_thinking=False, tokenize=False
-    )
+    with as_user_error(f"the chat template of {tokenizer.name_or_path} fails"):
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return tokenizer.encode(text, add_special_tokens=False)
+
+
+def adopt_template(tokenizer, path, kwargs):
+    """
+    Give the tokenizer the chat template of the model at `path`, as `load_tokenizer` makes it.
+    Returns the ids that end a response of that model.
+    """
+    other = load_tokenizer(path, kwargs)
+    check_tokenizers(tokenizer, other, "the model", f"template={path!r}")
+    tokenizer.chat_template = other.chat_template
+    with as_user_error(f"template={path!r}"):
+        return stop_ids(GenerationConfig.from_pretrained(path), other)
 
 
 def encode_prompt(tokenizer, problem):
@@ -83,3 +182,24 @@ def usable_prompts(path, problems, tokenizer, horizon, positions, vocab_size):
         skipped = len(prompts) - len(usable)
         print0(f"warning: {path}: {skipped} of {len(prompts)} prompts skipped: they {limit}")
     return usable
+
+
+def deal(n, step, size, seed, group=1):
+    """
+    This rank's share of a training step, [(place, index of the prompt, seed)]. A step has `group`
+    responses to each of `size` prompts, and `place` is a response's number among them. Prompts come
+    from an endless stream of epochs, each a permutation of range(n). Index and seed follow from
+    step and place alone, so there is no cursor to save, and a step is the same on any number of
+    ranks.
+    """
+    dealt = []
+    for place in range(RANK, size * group, WORLD):
+        epoch, i = divmod(step * size + place // group, n)
+        index = _epoch(n, seed, epoch)[i]
+        dealt.append((place, index, derive_seed(seed, "train", step, place)))
+    return dealt
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch(n, seed, epoch):
+    return random.Random(derive_seed(seed, "epoch", epoch)).sample(range(n), n)

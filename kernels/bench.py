@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 
 from kernels import linear_kl as op
-from kernels.linear_kl import _kl_rows, linear_kl_reference
+from kernels.linear_kl import _kl_rows
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -51,6 +51,23 @@ def inputs(N, H, H_t, V, dtype, device):
 
 
 # ------------------------------------------------------------------------------------- the methods
+
+def linear_kl_reference(h_q, W_q, h_p, W_p, weight, reverse_weight, temperature=1.0):
+    """
+    What `linear_kl` takes, returns and computes, from logits (N, V) in memory and by autograd.
+    """
+    V = min(len(W_q), len(W_p))
+    log_q = torch.log_softmax(h_q @ W_q[:V].T / temperature, -1)     # (N, V)
+    log_p = torch.log_softmax(h_p @ W_p[:V].T / temperature, -1)
+    q = log_q.exp()
+    p = log_p.exp()
+    d = log_q - log_p
+    forward = -(p * d).sum(-1)
+    reverse = (q * d).sum(-1)
+    loss = (weight * (reverse_weight * reverse + (1 - reverse_weight) * forward)).sum()
+    stats = (forward, reverse, -(q * log_q).sum(-1), -(p * log_p).sum(-1))
+    return loss, *(s.detach() for s in stats)
+
 
 def jsd_reference(h_q, W_q, h_p, W_p, weight, beta):
     """

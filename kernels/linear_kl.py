@@ -21,9 +21,10 @@ the loss. For each chunk:
                                            and writes 2 V bytes (dZ in bf16)
     dh_q = dZ W_q,  dW_q += dZ^T h_q       two GEMMs, fp32 sums          4 N V H FLOPs
 
-The file goes from specification to use: 1. `linear_kl_reference` says what is computed; 2. the
-row maths do it for a chunk of logits, by a Triton kernel on a GPU and by torch elsewhere; 3. the
-GEMMs; 4. `_LinearKL` joins them for autograd; 5. `linear_kl` is the function to call.
+The file goes from the inside to its use: 1. the row maths for a chunk of logits, by a Triton kernel
+on a GPU and by torch elsewhere; 2. the GEMMs; 3. `_LinearKL` joins them for autograd; 4.
+`linear_kl` is the function to call. `linear_kl_reference` in kernels/bench.py computes the same in
+ten lines, from whole logits; the tests compare with it in fp64.
 
 A divergence of your own does not need this file: docs/step.md has a function of ten lines with
 ordinary autograd that holds the logits of one chunk at a time too.
@@ -47,24 +48,7 @@ BLOCK = 4096                         # words that a kernel handles together, and
 WARPS = 8                            # its warps: no register is spilled on an H100 (sm_90)
 
 
-# --------------------------------------------------------------------------- 1. the specification
-
-def linear_kl_reference(h_q, W_q, h_p, W_p, weight, reverse_weight, temperature=1.0):
-    """Takes and returns what `linear_kl` does. It builds N x V tensors; autograd does the rest."""
-    V = min(len(W_q), len(W_p))
-    log_q = torch.log_softmax(h_q @ W_q[:V].T / temperature, -1)     # (N, V)
-    log_p = torch.log_softmax(h_p @ W_p[:V].T / temperature, -1)
-    q = log_q.exp()
-    p = log_p.exp()
-    d = log_q - log_p
-    forward = -(p * d).sum(-1)
-    reverse = (q * d).sum(-1)
-    loss = (weight * (reverse_weight * reverse + (1 - reverse_weight) * forward)).sum()
-    stats = (forward, reverse, -(q * log_q).sum(-1), -(p * log_p).sum(-1))
-    return loss, *(s.detach() for s in stats)
-
-
-# -------------------------------------------------------------------- 2. the row maths, in Triton
+# -------------------------------------------------------------------- 1. the row maths, in Triton
 
 jit = triton.jit if triton else lambda function: function
 
@@ -220,7 +204,7 @@ def _log_softmax_(z, T, q):
     return z.sub_(s.log())
 
 
-# -------------------------------------------------------------------- 3. GEMMs with fp32 results
+# -------------------------------------------------------------------- 2. GEMMs with fp32 results
 
 def _wide(dtype):
     """The dtype of logits and sums."""
@@ -286,7 +270,7 @@ def _buffers(count, chunks, V, like, dtype):
     return [like.new_empty(rows, V, dtype=dtype) for _ in range(count)]
 
 
-# ------------------------------------------------------------------------ 4. the autograd function
+# ------------------------------------------------------------------------ 3. the autograd function
 
 class _LinearKL(torch.autograd.Function):
     """The forward computes loss and gradients; the backward hands them out, times grad_loss."""
@@ -300,6 +284,8 @@ class _LinearKL(torch.autograd.Function):
         head_q = _head(W_q, V, h_q.dtype)
         head_p = _head(W_p, V, h_p.dtype)
         weight = weight.to(wide).contiguous()
+        # dW has rows of h_q times their gradients, and 0 x NaN would be NaN.
+        h_q = h_q.masked_fill((weight == 0)[:, None], 0)
 
         stats = h_q.new_empty(4, N, dtype=wide)          # forward KL, reverse KL, H(q), H(p)
         dh = torch.empty_like(h_q) if want_dh else None
@@ -345,7 +331,7 @@ class _LinearKL(torch.autograd.Function):
         return tuple(grads)
 
 
-# -------------------------------------------------------------------------- 5. the public function
+# -------------------------------------------------------------------------- 4. the public function
 
 def linear_kl(h_q, W_q, h_p, W_p, weight, reverse_weight, temperature=1.0):
     """

@@ -2,9 +2,9 @@
 Log-probabilities of chosen tokens, and the entropy of the full softmax, from hidden states.
 As in linear_kl.py, the logits of all N tokens never exist.
 
-    logp = log q[id]                x = z - max z,  z = logits / T
+    logp = log q[id]                x = z - max z,  z = logits, at temperature 1
     H(q) = log s - (sum e^x x) / s                  s = sum e^x
-    d logp / d logit = (onehot(id) - q) / T
+    d logp / dz = onehot(id) - q
 
 Chunks and GEMMs are those of linear_kl.py. One thing differs: what flows back is one number a
 token, which the forward does not know. So the backward computes the logits of each chunk again:
@@ -35,7 +35,7 @@ from kernels.linear_kl import (
 # ---------------------------------------------------------------------- the row maths, in Triton
 
 @jit
-def _logp_kernel(z_ptr, ids_ptr, stats_ptr, V, stats_stride, inv_T, BLOCK: tl.constexpr):
+def _logp_kernel(z_ptr, ids_ptr, stats_ptr, V, stats_stride, BLOCK: tl.constexpr):
     """
     One token a program. Reads the logits (C, V) in fp32; writes log q[id], H(q), max z and
     log sum exp(z - max z) to stats (4, C).
@@ -45,7 +45,7 @@ def _logp_kernel(z_ptr, ids_ptr, stats_ptr, V, stats_stride, inv_T, BLOCK: tl.co
     m, s, ex = -1e30, 0.0, 0.0                           # ex = sum e^x x, x = z - m
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        z = tl.load(z_ptr + cols, mask=cols < V, other=-1e30) * inv_T
+        z = tl.load(z_ptr + cols, mask=cols < V, other=-1e30)
         n = tl.maximum(m, tl.max(z, 0))                  # the new maximum
         x = z - n
         e = tl.exp(x)
@@ -57,45 +57,45 @@ def _logp_kernel(z_ptr, ids_ptr, stats_ptr, V, stats_stride, inv_T, BLOCK: tl.co
     chosen = tl.load(ids_ptr + row)
     in_range = (chosen >= 0) & (chosen < V)
     z = tl.load(z_ptr + chosen, mask=in_range, other=float("nan"))
-    tl.store(stats_ptr + row, z * inv_T - m - log_s)
+    tl.store(stats_ptr + row, z - m - log_s)
     tl.store(stats_ptr + row + stats_stride, log_s - ex / s)
     tl.store(stats_ptr + row + 2 * stats_stride, m)
     tl.store(stats_ptr + row + 3 * stats_stride, log_s)
 
 
 @jit
-def _logp_grad_kernel(z_ptr, dz_ptr, ids_ptr, grad_ptr, stats_ptr, V, stats_stride, inv_T,
+def _logp_grad_kernel(z_ptr, dz_ptr, ids_ptr, grad_ptr, stats_ptr, V, stats_stride,
                       BLOCK: tl.constexpr):
-    """dZ (C, V) = (onehot(id) - q) / T, times the upstream gradient of the token."""
+    """dZ (C, V) = onehot(id) - q, times the upstream gradient of the token."""
     row = tl.program_id(0).to(tl.int64)
     m = tl.load(stats_ptr + row + 2 * stats_stride)
     log_s = tl.load(stats_ptr + row + 3 * stats_stride)
-    scale = tl.load(grad_ptr + row) * inv_T
+    grad = tl.load(grad_ptr + row)
     chosen = tl.load(ids_ptr + row)
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        z = tl.load(z_ptr + row * V + cols, mask=cols < V, other=-1e30) * inv_T
-        dz = scale * (tl.where(cols == chosen, 1.0, 0.0) - tl.exp(z - m - log_s))
+        z = tl.load(z_ptr + row * V + cols, mask=cols < V, other=-1e30)
+        dz = grad * (tl.where(cols == chosen, 1.0, 0.0) - tl.exp(z - m - log_s))
         tl.store(dz_ptr + row * V + cols, dz.to(dz_ptr.dtype.element_ty), mask=cols < V)
 
 
 # ------------------------------------------------------------------ the row maths, Triton or torch
 
-def _logp_rows(z, token_ids, T, stats):
+def _logp_rows(z, token_ids, stats):
     """
     Fills stats (4, C) from the logits z (C, V) of a chunk, which are overwritten: log q[id], H(q),
     and what the gradient needs again, max z and log sum exp(z - max z).
     """
     C, V = z.shape
     if _on_triton(z):
-        _logp_kernel[(C,)](z, token_ids, stats, V, stats.stride(0), 1 / T, **_block(V))
+        _logp_kernel[(C,)](z, token_ids, stats, V, stats.stride(0), **_block(V))
         return
-    chosen = z.gather(-1, token_ids[:, None]).squeeze(-1) / T
+    chosen = z.gather(-1, token_ids[:, None]).squeeze(-1)
     logp, entropy, maximum, log_sum = stats
     rows = max(1, CPU_BLOCK // V)                        # handled together
     for i in range(0, C, rows):
         block = slice(i, i + rows)
-        x = z[block].div_(T)
+        x = z[block]
         m = x.amax(-1, keepdim=True)
         e = x.sub_(m).exp()
         s = e.sum(-1)
@@ -105,25 +105,25 @@ def _logp_rows(z, token_ids, T, stats):
     logp.copy_(chosen - maximum - log_sum)
 
 
-def _logp_grad_rows(z, token_ids, grad, T, stats, dtype):
+def _logp_grad_rows(z, token_ids, grad, stats, dtype):
     """dZ (C, V) of log q[id], times the upstream gradient (C,). On a CPU it replaces z."""
     C, V = z.shape
     if _on_triton(z):
         dz = torch.empty_like(z, dtype=dtype)
         _logp_grad_kernel[(C,)](
-            z, dz, token_ids, grad, stats, V, stats.stride(0), 1 / T, **_block(V))
+            z, dz, token_ids, grad, stats, V, stats.stride(0), **_block(V))
         return dz
     maximum, log_sum = stats[2:, :, None]                # (C, 1) each
-    scale = grad[:, None] / T
-    q = z.div_(T).sub_(maximum).sub_(log_sum).exp_()
-    return q.mul_(-scale).scatter_add_(-1, token_ids[:, None], scale)
+    grad = grad[:, None]
+    q = z.sub_(maximum).sub_(log_sum).exp_()
+    return q.mul_(-grad).scatter_add_(-1, token_ids[:, None], grad)
 
 
 # --------------------------------------------------------------------------- the autograd function
 
 class _LinearLogp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, W, token_ids, T):
+    def forward(ctx, h, W, token_ids):
         N, V = len(h), len(W)
         head = _head(W, V, h.dtype)
         stats = h.new_empty(4, N, dtype=_wide(h.dtype))
@@ -131,9 +131,8 @@ class _LinearLogp(torch.autograd.Function):
         room, = _buffers(1, chunks, V, h, stats.dtype)
         for rows in chunks:
             z = _mm(h[rows], head.T, room[:rows.stop - rows.start])      # (C, V)
-            _logp_rows(z, token_ids[rows], T, stats[:, rows])
+            _logp_rows(z, token_ids[rows], stats[:, rows])
         ctx.save_for_backward(h, W, token_ids, stats)
-        ctx.T = T
         logps = stats[0].clone()                         # stats is kept, and must not change
         entropy = stats[1].clone()
         ctx.mark_non_differentiable(entropy)
@@ -156,22 +155,22 @@ class _LinearLogp(torch.autograd.Function):
         for rows in chunks:
             z = _mm(h[rows], head.T, room[:rows.stop - rows.start])
             dz = _logp_grad_rows(
-                z, token_ids[rows], grad_logps[rows], ctx.T, stats[:, rows], h.dtype)
+                z, token_ids[rows], grad_logps[rows], stats[:, rows], h.dtype)
             if want_dh:
                 dh[rows] = _mm(dz, head, torch.empty_like(h[rows], dtype=stats.dtype))
             if want_dW:
                 _add_mm_(dW, dz.T, h[rows], first=rows.start == 0)
-        return dh, dW.to(W.dtype) if want_dW else None, None, None
+        return dh, dW.to(W.dtype) if want_dW else None, None
 
 
 # ----------------------------------------------------------------------------- the public function
 
-def linear_logp(h, W, token_ids, temperature=1.0):
+def linear_logp(h, W, token_ids):
     """
     h (N, H) hidden states, W (V, H) LM head, token_ids (N,) in [0, V): another id raises an error
     on a CPU and gives NaN on a GPU, which is not waited for.
 
-    Returns (logps (N,), entropy (N,)), in nats, fp32 (fp64 for fp64 inputs), at this temperature.
+    Returns (logps (N,), entropy (N,)), in nats, fp32 (fp64 for fp64 inputs), at temperature 1.
     The log-probabilities are differentiable in h and W, the entropy is not. Raises ValueError where
     shapes, dtypes or devices do not fit.
     """
@@ -180,7 +179,5 @@ def linear_logp(h, W, token_ids, temperature=1.0):
     if wrong_place or token_ids.is_floating_point():
         raise ValueError(
             f"one id a row, on one device: h {_show(h)}, token_ids {_show(token_ids)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: must be positive")
     with torch.cuda.device_of(h):                        # where Triton launches
-        return _LinearLogp.apply(h, W, token_ids.contiguous(), temperature)
+        return _LinearLogp.apply(h, W, token_ids.contiguous())

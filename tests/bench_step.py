@@ -30,8 +30,9 @@ import sample  # noqa: E402  (needs the repository on the path)
 import train_distill  # noqa: E402
 import utils  # noqa: E402
 from data import toy  # noqa: E402
-from data.problems import encode_prompt, load_problems
+from data.problems import encode_prompt, load_problems, load_tokenizer
 from engine import HFEngine, Sampling, forward_flops  # noqa: E402
+from estimate import without_weights  # noqa: E402
 
 PROMPTS, NEW_TOKENS = 64, 96
 ROUNDS, STEPS, WARMUP = 3, 10, 2
@@ -101,7 +102,7 @@ def trl_steps(student, teacher, path, batch_size, new_tokens, steps, dtype, fold
         logging_strategy="no", disable_tqdm=True)
     trainer = DistillationTrainer(
         model=model, teacher_model=utils.load_model(teacher, getattr(torch, dtype)), args=args,
-        train_dataset=prompts, processing_class=utils.load_tokenizer(student),
+        train_dataset=prompts, processing_class=load_tokenizer(student),
         callbacks=[Clock()])
     trainer.train()
     return seconds
@@ -110,7 +111,7 @@ def trl_steps(student, teacher, path, batch_size, new_tokens, steps, dtype, fold
 def decoding(student):
     """Median seconds for 64 responses by our decode loop, and by model.generate."""
     model = utils.load_model(student, torch.float32)
-    tokenizer = utils.load_tokenizer(student)
+    tokenizer = load_tokenizer(student)
     problems = load_problems("data/toy/train.jsonl")[:PROMPTS]
     prompts = [encode_prompt(tokenizer, problem["problem"]) for problem in problems]
     engine = HFEngine(model, vocab_size=272)
@@ -158,7 +159,7 @@ def flops_ratio():
         config = Qwen3Config(
             hidden_size=hidden, num_hidden_layers=layers, intermediate_size=inner,
             num_attention_heads=heads, num_key_value_heads=8, head_dim=128, vocab_size=151936)
-        return forward_flops(config, [92 + 128] * 32)
+        return forward_flops(without_weights(config), [92 + 128] * 32)
 
     student = forward(1024, 28, 3072, 16)
     teacher = forward(2560, 36, 9728, 32)

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import train_distill
-from data.problems import encode_prompt, load_problems
-from utils import load_model, load_tokenizer, read_lines
+from data.problems import encode_prompt, load_problems, load_tokenizer
+from utils import load_model, read_lines
 
 torch.set_num_threads(2)
 

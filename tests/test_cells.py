@@ -100,10 +100,10 @@ def test_the_world_of_the_real_model(monkeypatch):
     runs = cells.distillation_runs()
     assert len(runs) == 16 and "hard_64_union" in runs
     for argv in runs.values():
-        cfg, _ = utils.load_config(train_distill.Config, argv)
+        cfg = utils.load_config(train_distill.Config, argv)
         train_distill.validate(cfg, 1)
     for argv in cells.grpo_runs(cells.OUT).values():
-        cfg, _ = utils.load_config(rl_grpo.Config, argv)
+        cfg = utils.load_config(rl_grpo.Config, argv)
         rl_grpo.validate(cfg, 1)
 
     lines = ["| claim | left, right side | stop = union |", "|---|---|---|",

@@ -11,27 +11,37 @@ from typing import Literal
 
 import pytest
 import torch
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPTNeoXConfig,
+    OPTConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import eval_math
 import rl_grpo
 import sample
 import train_distill
-import utils
 from data import toy
-from data.problems import encode_prompt, load_problems
-from engine import HFEngine, Sampling, forward_flops
+from data.problems import (
+    check_tokenizers,
+    deal,
+    encode_prompt,
+    load_problems,
+    load_tokenizer,
+    warn_of_overlap,
+)
+from engine import HFEngine, Sampling, forward_flops, stop_ids
+from estimate import without_weights
 from grade import evaluate, grade, pass_at_k, tokens_after_box
 from utils import (
     UserError,
     check_head,
     check_ranges,
-    check_tokenizers,
-    deal,
     lm_head,
     load_config,
-    load_tokenizer,
-    stop_ids,
 )
 
 # ----------------------------------------------------------------------------------- config loader
@@ -55,14 +65,14 @@ def load(tmp_path, text, *options):
 
 def test_config_precedence_and_types(tmp_path):
     text = "import math\n_base = 2\nsteps = _base * 2\nrate = 1\nkind = 'y'\n"
-    cfg, origin = load(tmp_path, text, "--steps=7", "--flag", "--teacher=None", "--name=42",
-                       "--ladder=(128, 256)")
+    cfg = load(tmp_path, text, "--steps=7", "--flag", "--teacher=None", "--name=42",
+               "--ladder=(128, 256)")
     assert cfg == Small(rate=1.0, steps=7, name="42", teacher=None, flag=True, ladder=(128, 256),
                         kind="y")
     assert type(cfg.rate) is float
-    assert origin["steps"] == "command line" and origin["rate"].endswith("c.py")
     text = "from configs.opd_4b import seed as _s\nflag = True"
-    assert load(tmp_path, text, "--flag=False")[0].flag is False
+    assert load(tmp_path, text, "--flag=False").flag is False
+    assert load(tmp_path, "name = '~/x'").name == str(Path.home() / "x")
 
 
 def test_of_several_config_files_the_later_wins(tmp_path):
@@ -70,12 +80,10 @@ def test_of_several_config_files_the_later_wins(tmp_path):
     first, second = str(tmp_path / "first.py"), str(tmp_path / "second.py")
     Path(first).write_text("rate = 0.1\nsteps = 1\nname = 'first'\n")
     Path(second).write_text("steps = 2\nname = 'second'\n")
-    cfg, origin = load_config(Small, ["--name=mine", first, second])
+    cfg = load_config(Small, ["--name=mine", first, second])
     assert cfg == Small(rate=0.1, steps=2, name="mine")
-    assert origin == {"rate": first, "steps": second, "name": "command line"}
-    cfg, origin = load_config(Small, [second, first])
+    cfg = load_config(Small, [second, first])
     assert cfg == Small(rate=0.1, steps=1, name="first")
-    assert origin["steps"] == first
 
 
 @pytest.mark.parametrize("text, options, message", [
@@ -93,8 +101,8 @@ def test_of_several_config_files_the_later_wins(tmp_path):
     ("", ["nothing.py"], "no config file nothing.py; those of this repository are in configs/"),
     ("x = (", [], "c.py, line 1: SyntaxError"),
     ("import os\nopen('none.txt')", [], "c.py, line 2: FileNotFoundError"),
-    ("steps: 5", [], "`steps: ...` sets nothing in Python; write `steps = ...`"),
-    ("steps: int = 5", [], "`steps: ...` sets nothing in Python; write `steps = ...`"),
+    ("flag = True\nsteps: 5", [], "c.py, line 2: `steps: 5` sets nothing in Python; write ="),
+    ("", ["--r=3"], "unknown key 'r'; did you mean 'rate'?"),
     ("steps = 1\nrate = 1 / 0", [], "c.py, line 2: ZeroDivisionError"),
     ("from configs.nothing import *", [], "c.py, line 1: ModuleNotFoundError"),
 ])
@@ -121,12 +129,13 @@ def test_ranges(key, value, limit):
 
 
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*.py")), ids=lambda p: p.stem)
-def test_every_config_loads(path):
+def test_every_config_loads(path, monkeypatch):
+    monkeypatch.setattr("utils.WORLD", 8)  # some shard
     stage = train_distill
     for part, script in (("sample", sample), ("eval", eval_math), ("grpo", rl_grpo)):
         if part in path.stem:
             stage = script
-    cfg, _ = load_config(stage.Config, [str(path)])
+    cfg = load_config(stage.Config, [str(path)])
     check_ranges(cfg)
     if stage in (train_distill, rl_grpo):
         stage.validate(cfg, 1)
@@ -175,7 +184,8 @@ def test_paper_flops():
     lengths = [220] * 32
     # the paper's heads: H / 128
     configs = qwen3(SMALL, heads=8), qwen3(MIDDLE, heads=20)
-    generation, teacher_causal = (forward_flops(config, lengths) / 1e12 for config in configs)
+    generation, teacher_causal = (
+        forward_flops(without_weights(config), lengths) / 1e12 for config in configs)
     # a token attends to all tokens, not to half of them on average
     more = [sum(2 * config.num_hidden_layers * config.hidden_size * n * n for n in lengths) / 1e12
             for config in configs]
@@ -191,7 +201,8 @@ def test_paper_flops():
 
 def test_flops_of_the_real_shapes():
     """What metrics.jsonl counts: 16 heads x 128 = 2048 where H = 1024, causal attention."""
-    student, teacher = (forward_flops(qwen3(name), [220] * 32) / 1e12 for name in (SMALL, MIDDLE))
+    student, teacher = (
+        forward_flops(without_weights(qwen3(name)), [220] * 32) / 1e12 for name in (SMALL, MIDDLE))
     head = 2 * 32 * 128 * 2560 * 151936 / 1e12  # of a cached teacher, at response tokens
     assert (student, teacher, head) == pytest.approx((8.57, 57.09, 3.19), rel=0.002)
     on_policy = 4 * student + teacher
@@ -205,7 +216,25 @@ def test_flops_of_the_real_shapes():
     query, key_and_value, output, mlp, head = 2 * 4 * 4, 2 * 4 * 4, 2 * 4 * 4, 6 * 4 * 3, 2 * 4 * 10
     attention = 2 * 4 * 36
     by_hand = 6 * (query + key_and_value + output + mlp + head) + attention
-    assert forward_flops(tiny, [6]) == by_hand
+    assert forward_flops(without_weights(tiny), [6]) == by_hand
+    tiny.tie_word_embeddings = not tiny.tie_word_embeddings
+    assert forward_flops(without_weights(tiny), [6]) == by_hand
+
+
+@pytest.mark.parametrize("config, matrices", [
+    # a layer of H = 8: query, key, value, output, and an MLP of two matrices; V = 20
+    (GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=20, n_positions=16), 12 * 64),
+    (GPTNeoXConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, vocab_size=20,
+                   intermediate_size=32), 12 * 64),
+    (OPTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, vocab_size=20,
+               ffn_dim=32, word_embed_proj_dim=8, max_position_embeddings=16), 12 * 64),
+], ids=["gpt2", "neox", "opt"])
+def test_flops_of_other_architectures(config, matrices):
+    """Whatever the names in a config; learned positions of GPT-2 and OPT are counted on top."""
+    positions = 8 * {"gpt2": 16, "opt": 18}.get(config.model_type, 0)
+    attention = 2 * 2 * 8 * 36
+    by_hand = 6 * 2 * (2 * matrices + 8 * 20 + positions) + attention
+    assert forward_flops(without_weights(config), [6]) == by_hand
 
 
 @pytest.mark.parametrize("path, teacher, prefix, lam", [
@@ -214,7 +243,7 @@ def test_flops_of_the_real_shapes():
     ("offline_4b", MIDDLE, "teacher", 1.0), ("mix_4b", MIDDLE, "student", 0.2),
     ("hard_sft_4b", None, "teacher", 0.0)])
 def test_paper_settings(path, teacher, prefix, lam):
-    cfg, _ = load_config(train_distill.Config, [f"configs/{path}.py"])
+    cfg = load_config(train_distill.Config, [f"configs/{path}.py"])
     assert (cfg.teacher, cfg.prefix, cfg.reverse_weight) == (teacher, prefix, lam)
     assert cfg.trajectories == (None if prefix == "student" else "out/sample_4b")
     expected = {
@@ -330,6 +359,77 @@ def test_reads_gsm8k(tmp_path):
     assert grade("\\boxed{27}", second["answer"])[0]
 
 
+@pytest.mark.parametrize("line, expected", [
+    ({"problem": "x?", "answer": "We get $\\boxed{\\frac{1}{2}}$."}, "\\frac{1}{2}"),
+    ({"problem": "x?", "solution": "It is $\\boxed{7}$.", "level": 1}, "7"),
+    ({"problem": "x?", "answer": "5", "solution": "It is $\\boxed{7}$."}, "5"),
+    ({"problem": None, "question": "x?", "answer": 7}, "7"),
+    ({"problem": "x?", "question": None, "answer": " 7 "}, "7"),
+    ({"problem": "x?", "answer": "   "}, None),
+])
+def test_gold_answers(tmp_path, line, expected):
+    """What is worked out is unpacked, a blank is none; the file may begin with a BOM."""
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps(line), encoding="utf-8-sig")
+    row, = load_problems(path)
+    assert (row["problem"], row["answer"]) == ("x?", expected)
+
+
+@pytest.mark.parametrize("content, message", [
+    (rb'[{"problem": "x?", "answer": "7"}]', "line 1: a JSON list; give one object on each line"),
+    (rb'{"problem": "\frac{2}{4}?", "answer": "1"}', "line 1: '\\x0crac{2}{4}?' holds the control"),
+    (rb'{"problem": "x?", "answer": "2\theta"}', "'2\\theta' holds the control character '\\t'"),
+    (rb'{"problem": "x \ud800", "answer": "1"}', "line 1: 'utf-8' codec can't encode character"),
+    (b"PAR1\x15\x89\x00", "must be text with {\"problem\": ..., \"answer\": ...} on each line"),
+    (b"\x1f\x8b\x08\x00", "in UTF-8; unpack or convert it: "),
+])
+def test_what_is_no_problem_file(tmp_path, content, message):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_problems(path)
+    assert load_problems("data/toy/middle.jsonl")       # a tab and line ends are usual in problems
+    path.write_text(json.dumps({"problem": "f(x)\n{\n\treturn x;\r\n}", "answer": "7"}))
+    assert load_problems(path)[0]["problem"].count("\t") == 1
+
+
+def test_overlap_is_counted(capsys):
+    rows = [{"problem": text} for text in ("What is 3 + 4?", "what is\n3+4?", "6?")]
+    warn_of_overlap(rows[:1], rows)
+    assert "warning: 2 of the 3 problems of the evaluation are also" in capsys.readouterr().out
+    warn_of_overlap(rows[2:], rows[:2])
+    assert capsys.readouterr().out == ""
+
+
+def test_template_kwargs_are_kept(tmp_path):
+    """They are defaults inside the template: saved with it, used by all, overridden by a caller."""
+    tokenizer = load_tokenizer("data/toy/student")
+    tokenizer.chat_template = (
+        "{{ messages[0]['content'] }}{% if enable_thinking %}<think>{% endif %}{{ mood }}")
+
+    def asked(tokenizer, **options):
+        messages = [{"role": "user", "content": "1"}]
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+    tokenizer.save_pretrained(tmp_path / "a")
+    plain = load_tokenizer(tmp_path / "a")
+    assert asked(plain) == "1" and asked(plain, enable_thinking=True) == "1<think>"
+    assert tokenizer.decode(encode_prompt(plain, "1")) == "1"
+    moody = load_tokenizer(tmp_path / "a", {"enable_thinking": True, "mood": "+"})
+    moody.save_pretrained(tmp_path / "b")
+    for again in (moody, AutoTokenizer.from_pretrained(tmp_path / "b")):
+        assert asked(again) == "1<think>+"
+    assert load_tokenizer(tmp_path / "b", {"mood": "+"}).chat_template == moody.chat_template
+    assert asked(load_tokenizer(tmp_path / "b", {"mood": "-"})) == "1<think>-"
+    assert asked(load_tokenizer(tmp_path / "b")) == "1+"
+    moody.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(UserError, match="the chat template of .*b? ?.*fails: no"):
+        encode_prompt(moody, "1")
+    moody.chat_template = {"tool_use": "{{ messages }}"}
+    with pytest.raises(UserError, match="the chat template of .* fails: "):
+        encode_prompt(moody, "1")
+
+
 @pytest.mark.parametrize("n, correct", [(5, 2), (6, 0), (4, 4), (8, 1)])
 def test_pass_at_k(n, correct):
     """Against enumeration of all k-subsets."""
@@ -362,7 +462,7 @@ def test_deal(monkeypatch):
     assert len({seed for _, _, seed in whole}) == 12
     parts = []
     for rank in range(2):
-        monkeypatch.setattr(utils, "RANK", rank)
-        monkeypatch.setattr(utils, "WORLD", 2)
+        monkeypatch.setattr("data.problems.RANK", rank)
+        monkeypatch.setattr("data.problems.WORLD", 2)
         parts += deal(7, 2, 3, seed=3, group=4)
     assert sorted(parts) == whole

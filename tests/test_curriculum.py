@@ -13,14 +13,13 @@ from conftest import STOPS, same, saved, steps_of, without_times
 import grade
 import sample
 import train_distill
-from data.problems import encode_prompt, load_problems
+from data.problems import encode_prompt, load_problems, load_tokenizer
 from engine import HFEngine, Sampling
 from train_distill import gate
 from utils import (
     UserError,
     derive_seed,
     load_model,
-    load_tokenizer,
     open_run,
     read_lines,
     write_lines,
@@ -226,7 +225,7 @@ def test_changed_keys_do_not_rewrite_the_past(train):
 
 
 @pytest.mark.parametrize("step, looked, kept", [(4, 3, 2), (4, 4, 4), (3, 3, 1), (0, -1, 0)])
-def test_rows_that_come_again_are_dropped(tmp_path, step, looked, kept):
+def test_rows_that_come_again_are_dropped(tmp_path, student, tokenizer, step, looked, kept):
     """
     A resumed run's log begins with what its checkpoint knows: steps up to `step`, evaluations and
     gates up to `looked`, the last step at which they were made.
@@ -238,7 +237,7 @@ def test_rows_that_come_again_are_dropped(tmp_path, step, looked, kept):
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')  # the crash came in the middle of a line
     cfg = train_distill.Config(out_dir=str(tmp_path))
-    open_run(cfg, {"out_dir": "here"}, {"step": step, "last_eval_step": looked})
+    open_run(cfg, student, tokenizer, {"step": step, "last_eval_step": looked})
     assert read_lines(tmp_path / "metrics.jsonl") == rows[:kept]
 
 

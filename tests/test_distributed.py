@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import sample
 import train_distill
 import utils
+from data.problems import load_tokenizer
 
 # Several runs, one after the other, in the same processes: a start costs more than a run. Each
 # rank notes how often it took part in a forward without a token of its own.
@@ -79,7 +80,7 @@ def untied(tmp_path_factory):
     other.load_state_dict(model.state_dict())
     other.generation_config = model.generation_config
     other.save_pretrained(out)
-    utils.load_tokenizer("data/toy/student").save_pretrained(out)
+    load_tokenizer("data/toy/student").save_pretrained(out)
     return out
 
 

@@ -176,7 +176,7 @@ def test_flops_of_grpo_and_checkpointing():
 
 def roles(*argv):
     """(who writes: student or teacher, what is loaded besides the student)."""
-    models = read_models(load_config(Config, list(argv))[0])
+    models = read_models(load_config(Config, list(argv)))
     writer = "student" if models.writer is models.student else "teacher"
     return writer, models.kind
 

@@ -145,7 +145,7 @@ def test_resume_after_a_kill(done, tmp_path):
     assert again["responses_of_this_run"] == 36 - 13
     assert again["results"]["middle"]["avg_at_k"] == report["results"]["middle"]["avg_at_k"]
     assert responses(resumed) == responses(samples)
-    left = ["results.json", "samples.jsonl", "settings.json"]
+    left = [".lock", "results.json", "samples.jsonl", "settings.json"]
     assert sorted(path.name for path in out.iterdir()) == left
 
     rerun, same = run(out)                                      # nothing to do: nothing changes
@@ -208,7 +208,8 @@ def test_compare_table_and_bars(done, tmp_path, capsys, monkeypatch):
     settings = {**report["settings"], "seed": 43}
     utils.write_lines(better / "results.json", [{**report, "settings": settings}])
     capsys.readouterr()
-    eval_math.main(["--compare", str(folder), str(better)])
+    monkeypatch.setattr(sys, "argv", ["plot.py", "--compare", str(folder), str(better)])
+    plot.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "warning: seed is 42 there and 43 here"
     cells = lines[-1].split()
@@ -217,17 +218,17 @@ def test_compare_table_and_bars(done, tmp_path, capsys, monkeypatch):
     assert float(cells[3]) < gain < float(cells[5])
     assert cells[6:] == ["+5", "+5", "..", "+5"]
 
-    eval_math.main(["--table", str(folder), str(better)])
-    table = capsys.readouterr().out.splitlines()
-    assert table[2].startswith("| `a` on middle | 12 | 3 | ")
-    assert table[3].startswith("| `better` on middle")
-    assert "seed 42" in table[-3] and "seed 43" in table[-1]
-    with pytest.raises(utils.UserError, match="no .*results.json: give folders"):
-        eval_math.main(["--compare", str(folder), str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["plot.py", "--compare", str(folder), str(tmp_path)])
+    with pytest.raises(SystemExit, match="no .*results.json; give folders"):
+        plot.main()
 
     monkeypatch.setattr(sys, "argv", ["plot.py", "--eval", str(better), str(folder)])
     plot.main()
-    assert capsys.readouterr().out == f"wrote {better / 'results.png'}\n"
+    written, *table = capsys.readouterr().out.splitlines()
+    assert written == f"wrote {better / 'results.png'}"
+    assert table[2].startswith("| `better` on middle | 12 | 3 | ")
+    assert table[3].startswith("| `a` on middle")
+    assert "seed 43" in table[-3] and "seed 42" in table[-1]
     assert (better / "results.png").read_bytes().startswith(b"\x89PNG")
 
 

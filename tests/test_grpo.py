@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast
 import grade
 import rl_grpo
 import utils
-from data.problems import encode_prompt, load_problems
-from engine import HFEngine, Sampling
+from data.problems import deal, encode_prompt, load_problems, load_tokenizer
+from engine import HFEngine, Sampling, stop_ids
 
 SHORT = ["--prompts_per_step=4", "--group_size=4", "--max_new_tokens=60", "--eval_every=0",
          "--save_every=1000", "--max_tokens_per_microbatch=256", "--warmup_steps=0"]
@@ -181,10 +181,10 @@ def test_one_step_is_reinforce_with_a_group_baseline(
 
     monkeypatch.setattr(utils, "clip_gradients", record)
     (row,), _ = rl("--max_steps=1", *options)
-    cfg, _ = utils.load_config(rl_grpo.Config, ["configs/toy_grpo.py", *SHORT, *options])
+    cfg = utils.load_config(rl_grpo.Config, ["configs/toy_grpo.py", *SHORT, *options])
 
     problems = load_problems(cfg.prompts)
-    order = [i for _, i, _ in utils.deal(len(problems), 0, 4, cfg.seed)]
+    order = [i for _, i, _ in deal(len(problems), 0, 4, cfg.seed)]
     asked = [problems[i] for i in order for _ in range(4)]
     prompts = [encode_prompt(tokenizer, p["problem"]) for p in asked]
     seeds = [utils.derive_seed(cfg.seed, "train", 0, place) for place in range(16)]
@@ -412,6 +412,29 @@ def test_prompts_without_answers(rl, tmp_path):
         rl(f"--prompts={path}")
 
 
+@pytest.mark.parametrize("stop, ids", [("union", [257, 260]), ("student", [257])])
+def test_template_and_stop(rl, tmp_path, stop, ids):
+    """A student without a template takes the teacher's, with or without the ids that end there."""
+    base = shutil.copytree("data/toy/student", tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    with pytest.raises(utils.UserError, match="its tokenizer has no chat template"):
+        rl("--max_steps=1", student=base)
+    options = ["--max_steps=1", "--template=data/toy/teacher", f"--stop={stop}"]
+    _, out = rl(*options, student=base)
+    model = utils.load_model(out / "last", torch.float32)
+    assert stop_ids(model.generation_config, load_tokenizer(out / "last")) == ids
+    assert encode_prompt(load_tokenizer(out / "last"), "3+4?") == [258, 51, 43, 52, 63, 259]
+
+
+def test_no_reward_shows_a_pair(rl, tmp_path, capsys):
+    path = tmp_path / "p.jsonl"
+    utils.write_lines(path, [{"problem": f"{i}+2?", "answer": "forty"} for i in range(8)])
+    rl("--max_steps=2", f"--prompts={path}")
+    out = capsys.readouterr().out
+    assert out.count("are gold answers as they should be? 'forty' was wanted, ") == 2
+    assert "warning: no reward in step 2:" in out
+
+
 def test_a_student_with_another_models_tokenizer(rl, tmp_path):
     folder = tmp_path / "other"
     shutil.copytree("data/toy/student", folder)
@@ -421,7 +444,7 @@ def test_a_student_with_another_models_tokenizer(rl, tmp_path):
     foreign = PreTrainedTokenizerFast(tokenizer_object=letters)
     foreign.chat_template = "{{ messages[0]['content'] }}"
     foreign.save_pretrained(folder)
-    with pytest.raises(utils.UserError, match="its tokenizer does not know the stop id 257"):
+    with pytest.raises(utils.UserError, match=r"stop ids \[257\], but the tokenizer has 256"):
         rl(student=folder)
 
 

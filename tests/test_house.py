@@ -25,7 +25,7 @@ import utils
 BUDGETS = {"utils.py": 4000, "engine.py": 3000, "grade.py": 2900, "trajectories.py": 1300,
            "train_distill.py": 3900, "rl_grpo.py": 3200, "sample.py": 2100, "eval_math.py": 2400}
 PROMPTS = "data/problems.py"  # files of problems and their prompts; it counts in the sum too
-PROMPTS_BUDGET = 600
+PROMPTS_BUDGET = 1000
 KERNELS = ["kernels/linear_kl.py", "kernels/linear_logp.py"]
 KERNELS_BUDGET = 4300
 ALL_BUDGET = 27_000
@@ -112,7 +112,7 @@ MAY_IMPORT = {
     "trajectories": {"engine", "utils", "kernels"},
     **{stage: TO_A_STAGE for stage in STAGES},
     "cells": {"plot", "configs"},  # it starts stages as programs
-    "plot": {"utils"},
+    "plot": {"utils", "eval_math"},  # for its bootstrap
     "estimate": {"train_distill", "rl_grpo", *TO_A_STAGE},  # for their configs
 }
 
@@ -136,7 +136,7 @@ def test_imports_go_one_way():
         assert imported_by(path) & ours <= MAY_IMPORT[name], name
     for path in Path("kernels").glob("*.py"):
         assert imported_by(path) & ours <= {"kernels"}, path
-    assert imported_by(Path("data/problems.py")) & ours == {"utils"}
+    assert imported_by(Path("data/problems.py")) & ours == {"engine", "grade", "utils"}
 
 
 # -------------------------------------------------------------------------------------------- keys

@@ -183,17 +183,18 @@ def test_bf16_copy_follows_sync(student, prompts):
 
 # ----------------------------------------------------------------------------------------- engines
 
-@pytest.mark.parametrize("kind, device, version, chosen, printed", [
-    ("auto", "cpu", "0.32.0", "hf", "transformers (auto, on cpu with vLLM 0.32.0)"),
-    ("auto", "cuda", "none", "hf", "transformers (auto, on cuda with vLLM none)"),
-    ("auto", "cuda", "0.31.9", "hf", "transformers (auto, on cuda with vLLM 0.31.9)"),
-    ("auto", "cuda", "0.32.1", "vllm", "vLLM 0.32.1 (auto, on cuda with vLLM 0.32.1)"),
-    ("hf", "cuda", "0.32.1", "hf", "transformers"),
-    ("vllm", "cpu", "0.32.1", "vllm", "vLLM 0.32.1")])
-def test_the_choice_is_printed(monkeypatch, capsys, kind, device, version, chosen, printed):
+@pytest.mark.parametrize("kind, device, version, chosen", [
+    ("auto", "cpu", "0.32.0", "hf"),
+    ("auto", "cuda", "none", "hf"),
+    ("auto", "cuda", "0.31.9", "hf"),
+    ("auto", "cuda", "0.32.1", "vllm"),
+    ("hf", "cuda", "0.32.1", "hf"),
+    ("vllm", "cpu", "0.32.1", "vllm")])
+def test_the_choice_is_printed(monkeypatch, capsys, kind, device, version, chosen):
     monkeypatch.setattr(engines, "vllm_version", lambda: version)
     assert choose_engine(kind, torch.device(device)) == chosen
-    assert capsys.readouterr().out == f"rollouts by {printed}\n"
+    printed = f"rollouts by engine={chosen!r} (on {device}, vLLM installed: {version})\n"
+    assert capsys.readouterr().out == printed
 
 
 @pytest.mark.parametrize("dtype, given, limit", [

@@ -15,8 +15,8 @@ import sample
 import train_distill
 import utils
 from data import smollm
-from data.problems import encode_prompt, load_problems
-from engine import Sampling, choose_engine, make_engine, score
+from data.problems import encode_prompt, load_problems, load_tokenizer
+from engine import Sampling, choose_engine, make_engine, score, stop_ids
 
 SHORT = ("--max_steps=3", "--max_new_tokens=12", "--eval_every=3", "--eval_prompts=4",
          "--eval_samples=2", "--eval_max_new_tokens=12", "--save_every=3", "--overwrite")
@@ -102,7 +102,7 @@ def test_conversion(base, gguf):
     with torch.no_grad():
         assert torch.equal(ours(ids).logits, theirs(ids).logits)
 
-    tokenizer = utils.load_tokenizer(base)
+    tokenizer = load_tokenizer(base)
     original = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     texts = [row["problem"] + "\n" + row["solution"] for row in
              load_problems(smollm.ROOT / "train.jsonl")] + Path("LOG.md").read_text().split("\n")
@@ -111,7 +111,7 @@ def test_conversion(base, gguf):
     for text in texts:
         assert tokenizer.encode(text) == original.encode(text)
     assert tokenizer.chat_template == original.chat_template
-    assert utils.stop_ids(ours.generation_config, tokenizer) == [2]
+    assert stop_ids(ours.generation_config, tokenizer) == [2]
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ GREEDY = 16                                             # new tokens
 def greedy(distilled):
     """(folder, model, tokenizer, problem, prompt, what transformers.generate answers greedily)."""
     folder = distilled / "last"
-    tokenizer, model = utils.load_tokenizer(folder), utils.load_model(folder, torch.float32)
+    tokenizer, model = load_tokenizer(folder), utils.load_model(folder, torch.float32)
     problem = load_problems(smollm.ROOT / "held_out.jsonl")[0]["problem"]
     prompt = encode_prompt(tokenizer, problem)
     ids = torch.tensor([prompt])
@@ -190,8 +190,8 @@ def greedy(distilled):
 @pytest.mark.parametrize("kind", ["hf", "vllm"])
 def test_engines_write_what_transformers_writes(greedy, kind):
     _, model, tokenizer, _, prompt, expected = greedy
-    stops = tuple(utils.stop_ids(model.generation_config, tokenizer))
-    cfg, _ = utils.load_config(train_distill.Config, ["configs/smollm_opd.py"])
+    stops = tuple(stop_ids(model.generation_config, tokenizer))
+    cfg = utils.load_config(train_distill.Config, ["configs/smollm_opd.py"])
     choose_engine(kind, model.device)
     engine = make_engine(kind, cfg, model, torch.float32, 49152, len(prompt) + GREEDY)
     rollouts = engine.generate([prompt], Sampling(GREEDY, stops, 0.0), [0])

@@ -21,15 +21,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grade
 import train_distill
-from data.problems import encode_prompt, load_problems
+import utils
+from data.problems import deal, encode_prompt, load_problems
 from engine import HFEngine, Sampling
 from kernels import linear_kl
 from utils import (
     UserError,
-    deal,
     lm_head,
     load_model,
     log_evaluation,
+    model_folder,
     read_lines,
     response_hidden,
     write_lines,
@@ -385,7 +386,8 @@ def test_a_copied_script_has_its_own_name(train, tmp_path, monkeypatch):
 
 def test_the_start_may_be_the_best(tmp_path):
     """An evaluation that is worse than step 0's is not `best`; a better one is."""
-    cfg, state = SimpleNamespace(out_dir=str(tmp_path)), {"best_score": -1.0, "best_step": 0}
+    cfg = SimpleNamespace(out_dir=str(tmp_path), wandb=False)
+    state = {"best_score": -1.0, "best_step": 0}
     metrics = {"pass_at_k": 1.0, "k": 1, "length": 5.0, "entropy": 0.1, "truncated": 0.0}
     found = []
     for step, score in enumerate((0.5, 0.4, 0.5, None, 0.6, 0.55)):
@@ -492,7 +494,7 @@ def test_killed_in_the_middle_of_a_save(three_steps, train, tmp_path, capsys):
     (run / ".step_000003.tmp" / "half").write_bytes(b"of a file")
     rows, _ = train(*options, "--max_steps=3", "--resume", out=run)
     assert "from step 2\n" in capsys.readouterr().out
-    assert os.readlink(run / "last") == "step_000003" and not list(run.glob(".*"))
+    assert os.readlink(run / "last") == "step_000003" and not list(run.glob(".step*"))
     assert not (run / "step_000003" / "half").exists()
     assert same(saved(run / "last"), saved(three_steps / "last"))
 
@@ -521,10 +523,10 @@ def test_checkpoints_beside_other_things(train, monkeypatch):
         raise Exception("No space left on device (os error 28)")
 
     monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
-    message = "cannot save .*step_000003: No space left .*: make room, then --resume"
-    with pytest.raises(UserError, match=message):
+    message = "cannot save .*trial: No space left .*; mend that, then --resume"
+    with pytest.raises(UserError, match=message):           # before the first step
         train(*options, "--max_steps=3", "--resume", out=run)
-    assert not list(run.glob(".*")) and not (run / "step_000003").exists()
+    assert not list(run.glob("*.tmp")) and not (run / "step_000003").exists()
     assert os.readlink(run / "last") == "step_000002"
 
 
@@ -566,7 +568,7 @@ SOLUTIONS = "--teacher=None --prefix=teacher --reverse_weight=0 --eval_teacher=F
 
 @pytest.mark.parametrize("options, message", [
     ("--student=data/toy/studnt", "no model folder data/toy/studnt"),
-    ("--student={root}/nothing", "nothing: it has no tokenizer_config.json"),
+    ("--student={root}/nothing", "nothing: it has no config.json; give a folder, or a hub name"),
     ("--student={root}/cut", "cannot load a model in {root}/cut"),
     ("--student={root}/lacking", "cannot load a model in {root}/lacking: it lacks "
                                  "model.norm.weight, which would be random"),
@@ -576,12 +578,13 @@ SOLUTIONS = "--teacher=None --prefix=teacher --reverse_weight=0 --eval_teacher=F
      "problem '1+2?' has no solution; add one, name a teacher"),
     ("--teacher={root}/other_tokenizer",
      "incompatible tokenizers: id 51 is '3' for the student and '4' for the teacher"),
-    ("--prompts={root}/none.jsonl", "on each line, from {root}/none.jsonl: [Errno 2] No such file"),
-    ("--prompts={root}/empty.jsonl", "empty.jsonl: it holds no problems"),
+    ("--prompts={root}/none.jsonl",
+     "no prompt file {root}/none.jsonl: `python data/benchmarks.py none` makes"),
+    ("--prompts={root}/empty.jsonl", "unpack or convert it: it holds no problems"),
     ("--prompts={root}/bad.jsonl", "{root}/bad.jsonl, line 2: "),
     ("--prompts={root}/nokey.jsonl",
      "nokey.jsonl, line 1: no \"problem\" or \"question\" text; found the keys ['text']"),
-    ("--prompts={root}/latin.jsonl", "latin.jsonl: 'utf-8' codec can't decode byte 0xe9"),
+    ("--prompts={root}/latin.jsonl", "unpack or convert it: 'utf-8' codec can't decode byte 0xe9"),
     ("--prompts={root}/long.jsonl",
      "no usable prompt: 3004 tokens and more pass max_position_embeddings="),
     ("--max_new_tokens=2048",
@@ -595,6 +598,8 @@ SOLUTIONS = "--teacher=None --prefix=teacher --reverse_weight=0 --eval_teacher=F
     (f"{SOLUTIONS} --eval_teacher=True", "teacher=None: SFT on hard labels needs"),
     ("--trajectories={root}", "trajectories='{root}': what is on disk was not written by"),
     ("--learning_rat=1", "unknown key 'learning_rat'; did you mean 'learning_rate'"),
+    ("--lr=1", "unknown key 'lr'; did you mean 'learning_rate'"),
+    ("--fsdp", "fsdp=True: one process has nothing to shard; start several with torchrun"),
     ("--batch_size=0", "batch_size=0: must be at least 1"),
     ("--top_p=0", "top_p=0.0: must be in (0, 1]"),
     ("--out_dir={root}/used", "no run to resume or to overwrite"),
@@ -664,6 +669,132 @@ def test_a_resume_knows_contents_not_paths(train, tmp_path):
         train(OPD, "--max_steps=2", "--resume", f"--student={student}", out=run)
     rows, _ = train(OPD, "--max_steps=2", "--resume", out=run)     # the same by their old paths
     assert len(steps_of(rows)) == 2
+
+
+@pytest.mark.parametrize("file, content, kept", [
+    ("generation_config.json", {"temperature": 0.7, "top_p": 0.8, "eos_token_id": [257, 3]}, True),
+    ("generation_config.json", {"pad_token_id": -1, "eos_token_id": [257, 3]}, True),
+    ("generation_config.json", {"do_sample": True, "top_k": 20, "eos_token_id": [257, 3]}, False),
+    ("config.json", {"temperature": 0.6, "top_k": 5, "eos_token_id": [257, 3]}, True),
+])
+def test_a_student_that_could_not_be_saved(train, tmp_path, capsys, file, content, kept):
+    """Settings of generation that transformers refuses to write are left out, and it is said."""
+    student = shutil.copytree("data/toy/student", tmp_path / "student")
+    if file == "config.json":
+        (student / "generation_config.json").unlink()
+        content = json.loads((student / file).read_text()) | content
+    (student / file).write_text(json.dumps(content))
+    _, run = train(OPD, "--max_steps=1", f"--student={student}", "--stop=student")
+    said = "of its generation_config only the stop ids stay" in capsys.readouterr().out
+    assert said == kept
+    assert load_model(run / "last", torch.float32).generation_config.eos_token_id == [257, 3]
+
+
+def test_a_save_is_tried_before_the_first_step(train, tmp_path, monkeypatch):
+    def fails(*args, **options):
+        raise TypeError("not JSON serializable")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", fails)
+    with pytest.raises(UserError, match="cannot save .*trial: not JSON serializable"):
+        train(OPD, "--max_steps=1", out=tmp_path / "run")
+    assert (tmp_path / "run").is_dir() and not list((tmp_path / "run").glob("*step*"))
+
+
+def test_the_folder_of_a_run_is_its_newest_checkpoint(train, tmp_path):
+    _, run = train(OPD, "--max_steps=2", "--save_every=1")
+    assert model_folder(run) == str(run / "step_000002") and model_folder(run / "last") != str(run)
+    rows, again = train(OPD, "--max_steps=1", f"--student={run}", f"--teacher={run}")
+    assert steps_of(rows)[0]["reverse_kl"] == pytest.approx(0, abs=1e-5)
+    (run / "step_000002").rename(tmp_path / "apart")
+    with pytest.raises(UserError, match="was made with another student"):
+        train(OPD, "--max_steps=2", f"--student={run}", f"--teacher={run}", "--resume", out=again)
+
+
+def test_without_links(train, tmp_path, monkeypatch):
+    """A disk that has none, and a run that was copied with cp -rL: saves and resumes go on."""
+    _, run = train(OPD, "--max_steps=1")
+    copied = tmp_path / "copied"
+    shutil.copytree(run, copied, symlinks=False)
+    assert not (copied / "last").is_symlink()
+    train(OPD, "--max_steps=2", "--resume", out=copied)
+    assert os.readlink(copied / "last") == "step_000002"
+
+    def refuses(*args, **options):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refuses)
+    _, bare = train(OPD, "--max_steps=1")
+    assert {path.name for path in bare.iterdir() if path.is_dir()} == {"step_000001"}
+    train(OPD, "--max_steps=2", "--resume", out=bare)
+    assert model_folder(bare).endswith("step_000002")
+
+
+def test_two_runs_in_one_folder(train, tmp_path):
+    """The second is told who is at work there, with --overwrite too; it may begin after the end."""
+    _, run = train(OPD, "--max_steps=1")
+    utils._held.clear()                                     # as the end of this process would
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"import utils; utils.lock({str(run)!r}); print('held'); input()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": "."})
+    assert holder.stdout.readline() == "held\n"
+    for option in ("--resume", "--overwrite"):
+        with pytest.raises(UserError, match=f"process {holder.pid} on .* writes there"):
+            train(OPD, "--max_steps=2", option, out=run)
+    assert (run / "step_000001").is_dir()
+    holder.communicate("\n")
+    train(OPD, "--max_steps=2", "--resume", out=run)
+
+
+def test_an_adapter_is_not_ignored(tmp_path):
+    folder = shutil.copytree("data/toy/student", tmp_path / "student")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="adapter_config.json would not be read; merge it"):
+        load_model(folder, torch.float32)
+
+
+@pytest.mark.parametrize("config", [
+    {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]},
+    {"model_type": "of_tomorrow"},
+    {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    {"quantization_config": {"quant_method": "awq", "bits": 4}},
+])
+def test_models_that_are_not_supported(tmp_path, config):
+    """Whatever a library raises is one line that begins with the folder."""
+    folder = shutil.copytree("data/toy/student", tmp_path / "student")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    with pytest.raises(UserError, match=f"cannot load a model in {folder}: .") as caught:
+        load_model(folder, torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+def test_wandb(train, tmp_path, monkeypatch):
+    """Every row of metrics.jsonl is logged, under a project and a name from out_dir."""
+    begun, logged = {}, []
+    module = SimpleNamespace(
+        init=lambda **options: begun.update(options),
+        log=lambda row, step: logged.append((step, row)))
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    out = tmp_path / "project" / "name"
+    rows, _ = train(OPD, "--max_steps=2", *EVALUATED, "--wandb", out=out)
+    assert (begun["project"], begun["name"], begun["resume"]) == ("project", "name", "allow")
+    assert begun["config"]["out_dir"] == str(out)
+    assert [step for step, _ in logged] == [row["step"] for row in rows]
+    assert logged[0][1]["student/avg_at_k"] == rows[0]["avg_at_k"]
+    assert logged[1][1]["train/loss"] == rows[1]["loss"]
+    monkeypatch.setitem(sys.modules, "wandb", None)     # as where it is not installed
+    with pytest.raises(UserError, match="wandb: "):
+        train(OPD, "--max_steps=2", "--wandb", "--resume", out=out)
+
+
+def test_processes_without_torchrun():
+    """WORLD_SIZE alone, as some schedulers set it, is no group of processes."""
+    done = subprocess.run(
+        [sys.executable, "train_distill.py", OPD], capture_output=True, text=True,
+        env=os.environ | {"WORLD_SIZE": "2"})
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "cannot join the other processes; start them with torchrun: " in done.stderr
 
 
 def test_command_line():
