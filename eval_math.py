@@ -100,8 +100,9 @@ class Config:
     window: int = 256                                   # responses that are written together
 
 
-# No response depends on these: an evaluation may go on with others.
-MAY_CHANGE = ("model", "engine", "rollout_rows", "kv_cache_gb", "rollout_timeout",
+# No response depends on these: an evaluation may go on with others. What a model and a template
+# are is compared by fingerprints.
+MAY_CHANGE = ("model", "template", "engine", "rollout_rows", "kv_cache_gb", "rollout_timeout",
               "max_logprob_gap", "max_tokens_per_microbatch", "window", "out_dir",
               "overwrite")
 

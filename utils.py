@@ -261,8 +261,8 @@ _noted = []  # (number, time) of the signals that came
 def catch_signals():
     """
     From now on the first SIGTERM or SIGINT is only noted, for `end_on_signal`. A second one ends
-    the process, unless it comes within a second of the first: a scheduler signals this process
-    and torchrun, which forwards the same signal to it.
+    the process at once, unless it comes within a second of the first: a scheduler signals this
+    process and torchrun, which forwards the same signal to it.
     """
 
     def note(number, frame):

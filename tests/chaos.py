@@ -221,7 +221,7 @@ def full_disk(trials):
     try:
         process = start(out, before=int if mounted else limit)
         process.join()
-        told = not_told(out, "error: cannot save .*checkpoints before it are whole: make room, th")
+        told = not_told(out, "error: cannot save .*; mend that, then --resume: checkpoints before")
         left = "something half-written is left" if list(out.glob(".step*")) else ""
         if mounted:
             subprocess.run(["mount", "-o", "remount,size=100m", str(out)], check=True)

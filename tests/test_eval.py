@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -115,6 +116,33 @@ def test_summary_by_hand():
     none = grade.summarise([record(0, 0, None, "no reference answer")])
     assert none["avg_at_k"] is none["pass_at_k"] is none["entropy_after_box"] is None
     assert none["ungraded"] == 0
+
+
+def test_not_one_right_answer(capsys):
+    grade.summarise([record(0, 0, True), record(0, 1, False)])
+    assert capsys.readouterr().out == ""
+    grade.summarise([record(0, 0, None), record(0, 1, False, answer="forty", extracted="40")])
+    expected = "as they should be? One is 'forty', the answer found is '40'"
+    assert expected in capsys.readouterr().out
+
+
+def test_a_base_model_is_measured_like_its_checkpoints(tmp_path):
+    """`template`: a Base model takes the prompts and the stop ids of its teacher."""
+    base = shutil.copytree("data/toy/student", tmp_path / "base")
+    (base / "chat_template.jinja").write_text("{{ messages[0]['content'] }}=")
+    options = [f"--model={base}", "--num_problems=3", "--samples_per_problem=1"]
+    own, _ = run(tmp_path / "own", *options)
+    as_taught, samples = run(tmp_path / "taught", *options, "--template=data/toy/teacher")
+    plain, same = run(tmp_path / "plain", *options[1:], "--extra_stop_ids=(260,)")
+    assert own["settings"]["stop_ids"] == [257]
+    assert as_taught["settings"]["stop_ids"] == plain["settings"]["stop_ids"] == [257, 260]
+    assert responses(samples) == responses(same)
+    assert as_taught["settings"]["tokenizer"] != own["settings"]["tokenizer"]
+
+
+def test_greedy_samples_are_all_the_same(tmp_path, capsys):
+    run(tmp_path / "e", "--temperature=0", "--num_problems=2", "--samples_per_problem=2")
+    assert "warning: at T = 0 all responses to a problem are the same" in capsys.readouterr().out
 
 
 def test_training_measures_the_same(train, tmp_path):
