@@ -9,6 +9,7 @@ out_dir = "out/opd_4b"
 
 prefix = "student"
 reverse_weight = 1.0
+loss_norm = "sequence"              # the mean of the sequences' means, as its next of kin has it
 max_new_tokens = 4096
 temperature = 1.0
 top_p = 0.95

@@ -10,4 +10,4 @@ kv_cache_gb = 1.0
 rollout_rows = 64
 dtype = "bfloat16"
 cache_hidden = True
-max_tokens_per_microbatch = 4096
+max_tokens_per_microbatch = 2048

@@ -92,27 +92,27 @@ def drop_layers(model, dropped):
 
 NAMES = "Ella Tom Maya Ben Lucy Omar Nina Paul Rosa Max Ida Leo Zoe Sam Kim Jan".split()
 THINGS = "shells apples pencils stickers marbles books coins cards stamps eggs".split()
-END = " End with: The answer is"
-LARGE = range(2, 31)
+END = " Answer in one sentence and end with: The answer is"
+SMALL = range(2, 16)
 
 # kind: (first number, second number, text, how the solution calculates, the answer)
 KINDS = {
-    "give": (LARGE, LARGE, "{name} has {a} {things} and gives away {b}. How many {things} are "
+    "give": (SMALL, SMALL, "{name} has {a} {things} and gives away {b}. How many {things} are "
              "left?", "{a} - {b} = {answer}", lambda a, b: a - b),
-    "find": (LARGE, LARGE, "{name} has {a} {things} and finds {b} more. How many {things} does "
+    "lose": (SMALL, SMALL, "{name} had {a} {things} and lost {b}. How many {things} does {name} "
+             "have now?", "{a} - {b} = {answer}", lambda a, b: a - b),
+    "find": (SMALL, SMALL, "{name} has {a} {things} and finds {b} more. How many {things} does "
              "{name} have now?", "{a} + {b} = {answer}", lambda a, b: a + b),
-    "boxes": (LARGE, LARGE, "There are {a} {things} in one box and {b} in another. How many "
+    "boxes": (SMALL, SMALL, "There are {a} {things} in one box and {b} in another. How many "
               "{things} are there in all?", "{a} + {b} = {answer}", lambda a, b: a + b),
-    "need": (LARGE, LARGE, "{name} wants {a} {things} and has {b}. How many more does {name} need?",
-             "{a} - {b} = {answer}", lambda a, b: a - b),
-    "bags": (range(2, 16), range(2, 13), "{name} buys {a} bags with {b} {things} each. How many "
+    "two": (SMALL, SMALL, "{name} has {a} {things} and Ann has {b}. How many {things} do they "
+            "have together?", "{a} + {b} = {answer}", lambda a, b: a + b),
+    "bags": (range(2, 13), range(2, 11), "{name} buys {a} bags with {b} {things} each. How many "
              "{things} is that?", "{a} x {b} = {answer}", lambda a, b: a * b),
-    "share": (range(2, 16), range(2, 13), "{name} shares {total} {things} among {b} friends. How "
-              "many {things} does each friend get?", "{total} / {b} = {answer}", lambda a, b: a),
 }
 
 
-def make_problems(train=768, held_out=96, seed=SEED):
+def make_problems(train=432, held_out=96, seed=SEED):
     """{file name: rows}. A problem's kind and numbers are in one of the files only, and once."""
     rng = random.Random(seed)
     rows, used = [], set()

@@ -247,7 +247,8 @@ def test_paper_settings(path, teacher, prefix, lam):
     assert (cfg.teacher, cfg.prefix, cfg.reverse_weight) == (teacher, prefix, lam)
     assert cfg.trajectories == (None if prefix == "student" else "out/sample_4b")
     expected = {
-        "learning_rate": 5e-7, "batch_size": 32, "max_steps": 1000, "warmup_steps": 50, "seed": 42,
+        "learning_rate": 5e-7, "loss_norm": "sequence",
+        "batch_size": 32, "max_steps": 1000, "warmup_steps": 50, "seed": 42,
         "temperature": 1.0, "top_p": 0.95, "top_k": 20, "max_new_tokens": 4096, "eval_every": 30,
         "save_every": 40, "keep": 10, "eval_temperature": 0.6, "eval_top_p": 0.95}
     assert {key: getattr(cfg, key) for key in expected} == expected

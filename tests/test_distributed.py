@@ -247,7 +247,7 @@ def test_a_second_signal_ends_at_once():
     process.start()
     ready.wait()
     process.terminate()
-    process.join(1.2)
+    process.join(2)
     assert process.is_alive()
     process.terminate()
     process.join(5)
