@@ -63,8 +63,7 @@ def read_models(cfg):
     """The Models that a run loads. UserError where a config.json is missing."""
     def read(path):
         try:
-            model_folder(path)
-            return AutoConfig.from_pretrained(path)
+            return AutoConfig.from_pretrained(model_folder(path))
         except (OSError, ValueError) as error:
             remedy = f"of {path} config.json is enough here, without weights"
             raise UserError(f"{first_line(error)} ({remedy})") from error

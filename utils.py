@@ -23,6 +23,7 @@ import runpy
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import traceback
 import typing
@@ -75,8 +76,8 @@ def load_config(cls, argv):
     Python files in their order, then --key=value.
 
     In a file `_names`, modules and functions are ignored, and `from configs.other import *` is
-    inheritance. `--key` alone is --key=True.
-    Raises UserError on an unknown key (naming the nearest), a wrong type, or an unreadable file.
+    inheritance. `--key` alone is --key=True. Raises UserError on an unknown key (naming the
+    nearest), a wrong type, or an unreadable file.
     """
     kinds, values = typing.get_type_hints(cls), {}
     for arg in sorted(argv, key=lambda arg: arg.startswith("--")):
@@ -316,7 +317,10 @@ def load_model(path, dtype, device="cpu", recompute=False):
     try:
         model.generation_config.validate(strict=True)
     except ValueError as error:
-        print0(f"warning: {path}: of its generation_config only the stop ids stay: {error}")
+        print0(
+            f"warning: {path}: of its generation_config only the stop ids stay: "
+            f"{textwrap.shorten(str(error), 160)}"
+        )
         stops = model.generation_config.eos_token_id
         model.generation_config = GenerationConfig(eos_token_id=stops)
     for layer in model.base_model.layers if recompute else ():
@@ -410,36 +414,29 @@ def response_hidden(model, sequences, dtype=torch.float32):
     return hidden[predicts].to(dtype)
 
 
-def clip_gradients(parameters, limit):
+def update(cfg, optimizer, step, loss):
     """
-    Sum the gradients over ranks, where FSDP has not done so in the backward, and scale them to a
-    norm of at most `limit`. Returns the norm before that. A rank that had nothing in the loss adds
-    zeros.
+    The update number `step`, from 1 on. The gradients are summed over ranks, where FSDP has not
+    done so in the backward, and scaled to a norm of at most cfg.max_grad_norm; the rate grows
+    linearly over cfg.warmup_steps. Returns the norm before that. A rank that had nothing in the
+    loss adds zeros. UserError, and no update, unless the loss and the norm are finite.
     """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         if not isinstance(parameter, DTensor):
             all_reduce(parameter.grad)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-
-
-def update(cfg, optimizer, step, loss):
-    """
-    The update number `step`, from 1 on: sum the gradients over ranks, clip them, one step of
-    AdamW, at a rate that grows linearly over cfg.warmup_steps. Returns the norm before clipping.
-    UserError, and no update, unless the loss and the norm are finite.
-    """
-    (group,) = optimizer.param_groups
-    norm = clip_gradients(group["params"], cfg.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if not math.isfinite(loss + norm):
         raise UserError(
             f"step {step}: loss {loss}, gradient norm {norm}: not finite, so no update was "
             f"made. The last checkpoint is untouched, and --resume repeats the steps after it "
             f"exactly: try a lower learning_rate than {cfg.learning_rate}, or dtype=float32"
         )
-    group["lr"] = cfg.learning_rate * min(1, step / max(1, cfg.warmup_steps))
+    for group in optimizer.param_groups:
+        group["lr"] = cfg.learning_rate * min(1, step / max(1, cfg.warmup_steps))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -454,11 +451,11 @@ def start_run(cfg, inputs, identity, **own):
     call it, and the first one looks. UserError where the run cannot begin.
 
     inputs: paths that the run reads. identity: {name: value}, equal in a checkpoint and the run
-    that resumes it: the script, and fingerprints of what it learns from, which do not change when
-    a folder is moved. own: what only this script adds to the
-    state. There, `step` counts updates, `last_eval_step` is the step whose gate, evaluation and
-    checkpoint were last dealt with (-1: none), and `rung_began` is the step at which the
-    curriculum's present horizon opened (0 without one).
+    that resumes it: the script, and fingerprints of what it learns from, which do not change when a
+    folder is moved. own: what only this script adds to the state. There, `step` counts updates,
+    `last_eval_step` is the step whose gate, evaluation and checkpoint were last dealt with (-1:
+    none), and `rung_began` is the step at which the curriculum's present horizon opened (0 without
+    one).
     """
     path, step = Path(cfg.out_dir), -1
     require(
@@ -558,11 +555,13 @@ def lock(folder):
     _held[:] = [open(path, "a")]
     try:
         fcntl.flock(_held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         raise UserError(
             f"out_dir={str(folder)!r}: {path.read_text()} writes there; wait for its end, or "
             f"choose another name. (Processes of one run are started by torchrun)"
         ) from error
+    except OSError:
+        pass  # a disk that knows no locks
     path.write_text(f"process {os.getpid()} on {os.uname().nodename}")
 
 

@@ -151,7 +151,7 @@ def adopt_template(tokenizer, path, kwargs):
     check_tokenizers(tokenizer, other, "the model", f"template={path!r}")
     tokenizer.chat_template = other.chat_template
     with as_user_error(f"template={path!r}"):
-        return stop_ids(GenerationConfig.from_pretrained(path), other)
+        return stop_ids(GenerationConfig.from_pretrained(model_folder(path)), other)
 
 
 def encode_prompt(tokenizer, problem):

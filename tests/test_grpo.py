@@ -173,13 +173,13 @@ def own_loss(cfg, prompts, rollouts, rewards, student, reference):
 def test_one_step_is_reinforce_with_a_group_baseline(
         rl, monkeypatch, tokenizer, student, teacher, options):
     """The gradient of the first update, against plain autograd on the same rollouts."""
-    grads, clip = [], utils.clip_gradients
+    grads, clip = [], torch.nn.utils.clip_grad_norm_
 
     def record(parameters, limit):
         grads.extend(p.grad.clone() for p in parameters)
         return clip(parameters, limit)
 
-    monkeypatch.setattr(utils, "clip_gradients", record)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
     (row,), _ = rl("--max_steps=1", *options)
     cfg = utils.load_config(rl_grpo.Config, ["configs/toy_grpo.py", *SHORT, *options])
 
