@@ -177,10 +177,11 @@ def check_folder(cfg, settings):
     folder = Path(cfg.out_dir)
     if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
         return
-    if not (folder / "settings.json").is_file():
+    path = folder / "settings.json"
+    if not path.is_file():
         raise UserError(f"out_dir={cfg.out_dir!r} exists and is no evaluation; "
                         "choose another name")
-    old = json.loads((folder / "settings.json").read_text())
+    old = json.loads(path.read_text())
     for key, value in settings.items():
         if not cfg.overwrite and old.get(key) != value:
             raise UserError(f"{folder} was evaluated with {key}={old.get(key)!r}, not {value!r}; "

@@ -371,7 +371,9 @@ def main(argv):
         "prompts": fingerprint(dict(enumerate(problems))),
         "reference": model_revision(path) if cfg.reference or cfg.kl_coef else None,
     }
-    state, checkpoint = start_run(cfg, (path, cfg.student, cfg.prompts, cfg.eval_data), identity)
+    state, checkpoint = start_run(
+        cfg, (path, cfg.student, cfg.template, cfg.prompts, cfg.eval_data), identity
+    )
     student = load_model(cfg.student, torch.float32, device, cfg.gradient_checkpointing)
     models, dtype = {"student": student}, getattr(torch, cfg.dtype)
     if identity["reference"]:
@@ -485,8 +487,7 @@ def main(argv):
                 own_sums += torch.stack([loss.detach(), entropy.sum(), *stats])
                 largest = torch.maximum(largest, maxima)
                 timer.lap("student")
-            norm = update(cfg, optimizer, step + 1, own_sums[0].item())
-            grad_norm = max(grad_norm, norm)
+            grad_norm = max(grad_norm, update(cfg, optimizer, step + 1, own_sums[0].item()))
             timer.lap("optimizer")
 
         # 4. log: means over the updates, the largest gradient norm

@@ -286,8 +286,8 @@ def main(argv):
         engine = HFEngine(model, dtype, vocab_size)
         if cfg.chat:
             return talk(engine, tokenizer, sampling, cfg.seed)
-        question = [{"role": "user", "content": cfg.prompt}]
-        return answer(engine, tokenizer, question, sampling, cfg.seed)
+        return answer(
+            engine, tokenizer, [{"role": "user", "content": cfg.prompt}], sampling, cfg.seed)
 
     prompts = usable_prompts(
         cfg.prompts, problems[:cfg.num_prompts], tokenizer, cfg.max_new_tokens,
@@ -311,10 +311,10 @@ def main(argv):
     if cfg.cache_hidden:
         token_bytes += model.config.hidden_size * hidden_dtype.itemsize
     print_config(cfg)
-    most = len(todo) * cfg.max_new_tokens * token_bytes
     print0(
         f"{len(todo)} responses to sample, {len(done)} are there; {token_bytes:,} bytes a response "
-        f"token, at most {most / 1e9:.2f} GB"
+        f"token, at most "
+        f"{len(todo) * cfg.max_new_tokens * token_bytes / 1e9:.2f} GB"
     )
     prepare_folder(out_dir, tokenizer, cfg.overwrite)
 

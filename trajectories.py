@@ -196,7 +196,6 @@ class Trajectories:
                     self.rows.append((key, number, row))
                     lengths[key] = length
         self.rows.sort()
-        self.revision = fingerprint(lengths)    # it does not depend on how they lie in shards
 
         if not self.rows:
             raise UserError(
@@ -208,6 +207,8 @@ class Trajectories:
                 f"{folder} holds some sequences twice; keep the shards of one run of sample.py"
             )
         self.cached = self.settings["cache_hidden"] and want_hidden
+        # It does not depend on how they lie in shards.
+        self.revision = fingerprint(self.settings | {"lengths": sorted(lengths.items())})
 
     def check(self, cfg, horizon, positions, vocab_size):
         """

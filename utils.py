@@ -128,7 +128,7 @@ def _cast(key, value, kind, where):
         if value == "None" and type(None) in options:
             value = None
         elif str not in options and value not in options:
-            with contextlib.suppress(ValueError, SyntaxError):
+            with contextlib.suppress(Exception):  # text that is no literal stays text
                 value = (float if float in options else ast.literal_eval)(value)
     if type(value) is int and float in options:
         value = float(value)
@@ -313,6 +313,10 @@ def load_model(path, dtype, device="cpu", recompute=False):
         )
         if info["missing_keys"]:
             raise ValueError(f"it lacks {min(info['missing_keys'])}, which would be random")
+        for layer in model.base_model.layers if recompute else ():
+            layer.forward = functools.partial(
+                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+            )
     check_head(model, path)
     try:
         model.generation_config.validate(strict=True)
@@ -323,10 +327,6 @@ def load_model(path, dtype, device="cpu", recompute=False):
         )
         stops = model.generation_config.eos_token_id
         model.generation_config = GenerationConfig(eos_token_id=stops)
-    for layer in model.base_model.layers if recompute else ():
-        layer.forward = functools.partial(
-            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
-        )
     return model.to(device).eval()
 
 
@@ -334,7 +334,8 @@ def check_head(model, name):
     """UserError unless logits are `hidden @ W.T` and nothing more."""
     found = [
         key
-        for key in ("final_logit_softcapping", "logit_scale", "logits_scaling")
+        for key in (
+            "final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
         if getattr(model.config, key, None) not in (None, 1.0)
     ]
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
@@ -419,7 +420,8 @@ def update(cfg, optimizer, step, loss):
     The update number `step`, from 1 on. The gradients are summed over ranks, where FSDP has not
     done so in the backward, and scaled to a norm of at most cfg.max_grad_norm; the rate grows
     linearly over cfg.warmup_steps. Returns the norm before that. A rank that had nothing in the
-    loss adds zeros. UserError, and no update, unless the loss and the norm are finite.
+    loss adds zeros. UserError, and no update, unless `loss`, of this rank or of all, and the norm
+    are finite.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for parameter in parameters:
@@ -512,7 +514,7 @@ def start_run(cfg, inputs, identity, **own):
 
 def open_run(cfg, model, tokenizer, state):
     """
-    Make out_dir, try whether the student can be saved, write run_config.json and a metrics.jsonl
+    Make out_dir with run_config.json, try whether the student can be saved, write a metrics.jsonl
     without what came after the checkpoint, print the config. All ranks call it, the first writes.
     """
     barrier()  # every rank has read what --overwrite deletes
@@ -524,11 +526,11 @@ def open_run(cfg, model, tokenizer, state):
         shutil.rmtree(out_dir.resolve())
     out_dir.resolve().mkdir(parents=True, exist_ok=True)  # where out_dir is a link it stays one
     lock(out_dir)
+    (out_dir / "run_config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
     trial = out_dir / "trial"  # a model folder without weights
     _write_checkpoint(trial, model, tokenizer, {}, {}, state)
     shutil.rmtree(trial)
     print_config(cfg)
-    (out_dir / "run_config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
     metrics = out_dir / "metrics.jsonl"
     metrics.touch()
     # Training rows count up to the checkpoint's step, evaluations up to the last one it knows of.
@@ -543,14 +545,17 @@ def open_run(cfg, model, tokenizer, state):
             import wandb
 
             project, name = out_dir.resolve().parts[-2:]
-            wandb.init(project=project, name=name, id=name, resume="allow", config=vars(cfg))
+            wandb.init(project=project, name=name, config=vars(cfg))
 
 
 _held = []  # the file of the lock: closed, it would be free
 
 
 def lock(folder):
-    """Until this process ends no other may write to the folder: UserError there, with our name."""
+    """
+    Keep the folder for this process until it ends, or locks another. UserError that names the
+    process which has it.
+    """
     path = Path(folder) / ".lock"
     _held[:] = [open(path, "a")]
     try:
@@ -587,6 +592,7 @@ def read_lines(path):
 
 
 def log_row(cfg, row):
+    """One row to metrics.jsonl, and to wandb where cfg.wandb is set. For the first rank only."""
     write_lines(f"{cfg.out_dir}/metrics.jsonl", [row])
     if cfg.wandb:
         import wandb
@@ -689,7 +695,11 @@ def save_checkpoint(cfg, model, tokenizer, optimizer, state):
 
 
 def _write_checkpoint(path, model, tokenizer, weights, moments, state):
-    temporary = path.with_name(f".{path.name}.tmp")
+    """
+    The files of a checkpoint at `path`, in place of those that may be there. UserError where any
+    library cannot write its part; what was there stays then.
+    """
+    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of a save that was cut short
         model.save_pretrained(temporary, state_dict=weights, max_shard_size="9TB")
@@ -700,8 +710,10 @@ def _write_checkpoint(path, model, tokenizer, weights, moments, state):
             if name.is_file():
                 with open(name) as file:
                     os.fsync(file)  # a full disk may say so only now
-        shutil.rmtree(path, ignore_errors=True)  # of an earlier try at this step
+        with contextlib.suppress(FileNotFoundError):  # of an earlier save of this step
+            path.rename(old)
         temporary.replace(path)
+        shutil.rmtree(old, ignore_errors=True)
     except Exception as error:  # tokenizers and torch have errors of their own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(

@@ -30,8 +30,8 @@ def load_problems(path, answered=False):
     """
     Rows {"problem", "answer", "solution"} (str, str | None, str | None) of a JSONL file; "question"
     is another name of a problem. Where the answer is a worked solution, ending in GSM8K's "#### 42"
-    or MATH's \\boxed{42}, or where there is only such a solution, it becomes the solution, and what
-    it ends in the answer.
+    or with MATH's \\boxed{42} in it, or where there is only such a solution, the answer is taken
+    out of it, and it is the solution where there is no other. Blanks are nothing.
 
     Raises UserError that names the file, the line and the remedy, with `answered` also where a
     problem has no answer.
@@ -63,18 +63,21 @@ def _row(found):
         raise ValueError(f"a JSON {type(found).__name__}; give one object on each line")
     json.dumps(found, ensure_ascii=False).encode()      # fails on half of a surrogate pair
     problem = found.get("problem") or found.get("question")
-    answer, solution = found.get("answer"), found.get("solution")
     if not isinstance(problem, str) or not problem.strip():
         raise ValueError(f'no "problem" or "question" text; found the keys {sorted(found)}')
-    if isinstance(answer, list | dict) or isinstance(solution, list | dict):
-        raise ValueError('"answer" and "solution" must be text or a number')
-    worked = solution if answer is None else answer
-    if isinstance(worked, str) and ("####" in worked or "\\boxed" in worked):
-        solution, answer = worked, extract_answer(worked)
-    answer = None if answer is None else str(answer).strip() or None
-    # Tabs and line ends are usual in a problem, in an answer they are the head of \theta or \neq.
+    texts = []
+    for key in ("answer", "solution"):
+        value = found.get(key)
+        if isinstance(value, list | dict):
+            raise ValueError(f"{key!r} must be text or a number")
+        texts.append(None if value is None else str(value).strip() or None)
+    answer, solution = texts
+    worked = answer or solution or ""
+    if "####" in worked or "\\boxed" in worked:
+        answer, solution = extract_answer(worked), solution or worked
+    # Tabs and line ends are usual in a problem; a tab in an answer was the head of \theta.
     eaten = re.search(r"[\0-\x08\x0b\x0c\x0e-\x1f]", problem)
-    if eaten := eaten or re.search(r"[\0-\x1f]", answer or ""):
+    if eaten := eaten or re.search(r"[\0-\x09\x0b-\x1f]", answer or ""):
         raise ValueError(
             f"{eaten.string[:40]!r} holds the control character {eaten.group()!r}: where it was a "
             f"backslash and a letter, JSON wants two backslashes, as in \\\\frac"
@@ -100,18 +103,18 @@ def _normal(row):
 def load_tokenizer(path, template_kwargs=None):
     """
     The tokenizer of a local folder or hub name. template_kwargs: variables for its chat template,
-    {"enable_thinking": False} where it is None. They are written into the template as defaults, so
-    they go wherever the tokenizer is saved, and every program that uses it makes the same prompts.
-    Raises UserError when it is missing.
+    which are written into it as defaults, so they go wherever the tokenizer is saved, and every
+    program that uses it makes the same prompts. None: those that are there, else enable_thinking is
+    False. Raises UserError when it is missing.
     """
     path = model_folder(path, "tokenizer_config.json")
     with as_user_error(f"cannot read a tokenizer in {path}"):
         tokenizer = AutoTokenizer.from_pretrained(path)
-        kwargs = {"enable_thinking": False} if template_kwargs is None else template_kwargs
+        kwargs = template_kwargs or {"enable_thinking": False}
         for key, value in kwargs.items() if tokenizer.chat_template else ():
-            set_it = f"{{% set {key} = {json.dumps(value)} %}}"
-            default = f"{{% if {key} is not defined %}}{set_it}{{% endif %}}"
-            if default not in tokenizer.chat_template:
+            if_unset = f"{{% if {key} is not defined %}}"
+            default = f"{if_unset}{{% set {key} = {json.dumps(value)} %}}{{% endif %}}"
+            if template_kwargs or if_unset not in tokenizer.chat_template:
                 tokenizer.chat_template = default + tokenizer.chat_template
         return tokenizer
 

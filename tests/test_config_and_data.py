@@ -101,6 +101,7 @@ def test_of_several_config_files_the_later_wins(tmp_path):
     ("", ["nothing.py"], "no config file nothing.py; those of this repository are in configs/"),
     ("x = (", [], "c.py, line 1: SyntaxError"),
     ("import os\nopen('none.txt')", [], "c.py, line 2: FileNotFoundError"),
+    ("", ["--steps={{1}}"], "steps='{{1}}' is a str; steps must be int"),
     ("flag = True\nsteps: 5", [], "c.py, line 2: `steps: 5` sets nothing in Python; write ="),
     ("", ["--r=3"], "unknown key 'r'; did you mean 'rate'?"),
     ("steps = 1\nrate = 1 / 0", [], "c.py, line 2: ZeroDivisionError"),
@@ -364,6 +365,9 @@ def test_reads_gsm8k(tmp_path):
     ({"problem": "x?", "answer": "We get $\\boxed{\\frac{1}{2}}$."}, "\\frac{1}{2}"),
     ({"problem": "x?", "solution": "It is $\\boxed{7}$.", "level": 1}, "7"),
     ({"problem": "x?", "answer": "5", "solution": "It is $\\boxed{7}$."}, "5"),
+    ({"problem": "x?", "answer": "", "solution": "It is $\\boxed{7}$."}, "7"),
+    ({"problem": "x?", "answer": "\\boxed{7}", "solution": 42}, "7"),
+    ({"problem": "x?", "answer": "\\boxed{1 \\\\\n 2}"}, "1 \\\\\n 2"),
     ({"problem": None, "question": "x?", "answer": 7}, "7"),
     ({"problem": "x?", "question": None, "answer": " 7 "}, "7"),
     ({"problem": "x?", "answer": "   "}, None),
@@ -374,6 +378,9 @@ def test_gold_answers(tmp_path, line, expected):
     path.write_text(json.dumps(line), encoding="utf-8-sig")
     row, = load_problems(path)
     assert (row["problem"], row["answer"]) == ("x?", expected)
+    assert row["solution"] is None or isinstance(row["solution"], str)
+    if line.get("solution") == 42:
+        assert row["solution"] == "42"                  # it is not replaced by the answer's text
 
 
 @pytest.mark.parametrize("content, message", [
@@ -420,9 +427,13 @@ def test_template_kwargs_are_kept(tmp_path):
     moody.save_pretrained(tmp_path / "b")
     for again in (moody, AutoTokenizer.from_pretrained(tmp_path / "b")):
         assert asked(again) == "1<think>+"
-    assert load_tokenizer(tmp_path / "b", {"mood": "+"}).chat_template == moody.chat_template
+    assert load_tokenizer(tmp_path / "b").chat_template == moody.chat_template
     assert asked(load_tokenizer(tmp_path / "b", {"mood": "-"})) == "1<think>-"
-    assert asked(load_tokenizer(tmp_path / "b")) == "1+"
+    plain.save_pretrained(tmp_path / "c")
+    thinking = load_tokenizer(tmp_path / "c", {"enable_thinking": True})
+    assert asked(thinking) == "1<think>"
+    thinking.save_pretrained(tmp_path / "c")
+    assert asked(load_tokenizer(tmp_path / "c", {"enable_thinking": False})) == "1"
     moody.chat_template = "{{ raise_exception('no') }}"
     with pytest.raises(UserError, match="the chat template of .*b? ?.*fails: no"):
         encode_prompt(moody, "1")
