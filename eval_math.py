@@ -149,9 +149,9 @@ def open_model(cfg, benchmarks, device):
         prompts[name] = usable_prompts(
             name, problems, tokenizer, cfg.max_new_tokens, positions, vocab_size)
         longest = max(longest, *map(len, prompts[name].values()))
-    kind = choose_engine(cfg.engine, device)
     engine = make_engine(
-        kind, cfg, model, dtype, vocab_size, longest + cfg.max_new_tokens, sleeps=False)
+        choose_engine(cfg.engine, device), cfg, model, dtype, vocab_size,
+        longest + cfg.max_new_tokens, sleeps=False)
     return tokenizer, engine, sampling, prompts
 
 
@@ -266,8 +266,7 @@ def main(argv):
         missing = [(index, sample) for index in prompts[name] for sample in range(samples)
                    if (name, index, sample) not in done]
         pairs = missing[RANK::WORLD]
-        firsts = range(0, len(pairs), cfg.window)
-        for first in tqdm(firsts, desc=name, unit="window", disable=RANK > 0 or not pairs):
+        for first in tqdm(range(0, len(pairs), cfg.window), name, disable=RANK > 0 or None):
             records = respond(engine, tokenizer, problems, prompts[name],
                               pairs[first:first + cfg.window], sampling, cfg.seed)
             write_lines(out_dir / f"samples_{RANK:03d}.jsonl",

@@ -212,11 +212,16 @@ def responses(cfg, engine, sampling, prompts, pairs):
     ends. The engine gets a window of them at a time, so memory does not grow with their number.
     """
     window = 16 * cfg.rollout_rows
+    bar = tqdm(None, "responses", len(pairs), disable=RANK > 0 or None)     # on a terminal only
+    tokens = 0
     for first in range(0, len(pairs), window):
         part = pairs[first:first + window]
         asked = [prompts[i] for i, _ in part]
         seeds = [derive_seed(cfg.seed, "sample", i, sample) for i, sample in part]
         for k, *rollout in engine.stream(asked, sampling, seeds):
+            tokens += len(rollout[0])
+            bar.update()
+            bar.set_postfix_str(f"{tokens / max(1e-9, bar.format_dict['elapsed']):.0f} tokens/s")
             yield Sampled(*part[k], asked[k], *rollout)
 
 
@@ -294,8 +299,8 @@ def main(argv):
         model.config.max_position_embeddings, vocab_size,
     )
     longest = max(map(len, prompts.values())) + cfg.max_new_tokens
-    kind = choose_engine(cfg.engine, device)
-    engine = make_engine(kind, cfg, model, dtype, vocab_size, longest, sleeps=False)
+    engine = make_engine(
+        choose_engine(cfg.engine, device), cfg, model, dtype, vocab_size, longest, sleeps=False)
 
     # 2. what is to be done: every (prompt, sample) that no shard holds
     settings = settings_of(cfg, engine, tokenizer, stops, problems)
@@ -327,9 +332,8 @@ def main(argv):
     # 4. sample, and write a shard whenever one is full
     metadata = {"settings": json.dumps(settings), "model": cfg.model}
     number = 0                              # of this rank's next shard, where no file has it yet
-    stream = responses(cfg, engine, sampling, prompts, mine)
-    bar = tqdm(stream, total=len(mine), unit=" responses", disable=RANK > 0, mininterval=1)
-    for rows in in_shards(cfg, token_bytes, bar):
+    sampled = responses(cfg, engine, sampling, prompts, mine)
+    for rows in in_shards(cfg, token_bytes, sampled):
         hidden = hidden_states(engine, rows, hidden_dtype) if cfg.cache_hidden else []
         lines = [readable(row, problems[row.prompt_index], tokenizer) for row in rows]
         while (path := out_dir / f"{RANK:03d}_{number:05d}.safetensors").exists():
