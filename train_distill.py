@@ -147,7 +147,8 @@ class Config:
 
 # Where the paper (arXiv 2605.16826) is silent or contradicts itself, we
 #   - take the KL over the full vocabulary (appendix D samples it, sections 3 and G.4 do not);
-#   - average over all response tokens of the step, whatever the ranks and micro-batches;
+#   - average over all response tokens of the step, whatever the ranks and micro-batches (the paper's
+#     configs over sequences, as its next of kin does);
 #   - keep fp32 master weights: at lr 5e-7 pure bf16 weights lose most updates;
 #   - sample with top_p = 1 and top_k = 0 by default, so that prefixes really come from q;
 #   - end a student's response on the stop ids of both models: a Base student and a chat teacher
