@@ -58,8 +58,9 @@ def stop_ids(generation_config, tokenizer):
     ids = [ids] if isinstance(ids, int) else ids
     if not ids or max(ids) >= len(tokenizer):
         raise UserError(
-            f"{tokenizer.name_or_path}: stop ids {ids}, but the tokenizer has {len(tokenizer)}: "
-            f"set eos_token_id in generation_config.json, or take that model's tokenizer"
+            f"{tokenizer.name_or_path}: the stop ids are {ids}, and the tokenizer has "
+            f"{len(tokenizer)} ids; set eos_token_id in generation_config.json, or put the model's "
+            f"own tokenizer beside it"
         )
     return list(ids)
 

@@ -88,14 +88,14 @@ class Config:
     # A model whose chat template and stop ids are used too: for the row of a Base model, its
     # teacher, as its distilled checkpoints have them.
     template: str | None = None
-    chat_template_kwargs: dict | None = None            # None: {"enable_thinking": False}
+    chat_template_kwargs: dict | None = None    # None: as stored, else {"enable_thinking": False}
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     engine: Literal["auto", "hf", "vllm"] = "auto"      # hf: transformers; auto: vllm on a GPU
     rollout_rows: int = 32                              # responses that hf decodes together
     kv_cache_gb: float = 16.0                           # of vllm
     rollout_timeout: float = 600.0                      # seconds without a response: it hangs
-    max_logprob_gap: float | None = None                # nats; None: 0.05 in bf16, 1e-4 in fp32
+    max_logprob_gap: float | None = None                # nats; None: as make_engine has it
     max_tokens_per_microbatch: int = 16384              # padded tokens of a forward (entropies)
     window: int = 256                                   # responses that are written together
 

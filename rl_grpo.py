@@ -134,8 +134,8 @@ class Config:
     kv_cache_gb: float = 16.0  # of vLLM; it is given back while the trainer computes
     rollout_timeout: float = 600.0  # seconds without a finished response before vLLM is given up
     check_sync_every: int = 50  # steps between comparisons of the engine's log-probs with ours
-    max_logprob_gap: float | None = None  # nats, mean over tokens; None: 0.05 in bf16, 1e-4 in fp32
-    chat_template_kwargs: dict | None = None  # None: {"enable_thinking": False}
+    max_logprob_gap: float | None = None  # nats; None: bf16 0.05, fp32 1e-4, on a GPU 1e-2
+    chat_template_kwargs: dict | None = None  # None: as stored, else {"enable_thinking": False}
 
 
 # What differs from GRPO in DeepSeekMath (arXiv 2402.03300):

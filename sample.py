@@ -76,7 +76,7 @@ class Config:
     top_p: float = 1.0
     top_k: int = 0                          # 0: all tokens
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    chat_template_kwargs: dict | None = None    # None: {"enable_thinking": False}; kept with shards
+    chat_template_kwargs: dict | None = None    # None: as stored, else {"enable_thinking": False}
 
     # what is kept
     cache_hidden: bool = False              # keep the last hidden states too: then training needs

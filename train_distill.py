@@ -130,8 +130,8 @@ class Config:
     kv_cache_gb: float = 16.0  # of vLLM; it is given back while the trainer computes
     rollout_timeout: float = 600.0  # seconds without a finished response before vLLM is given up
     check_sync_every: int = 50  # steps between comparisons of the engine's log-probs with ours
-    max_logprob_gap: float | None = None  # nats, mean over tokens; None: 0.05 in bf16, 1e-4 in fp32
-    chat_template_kwargs: dict | None = None  # None: {"enable_thinking": False}
+    max_logprob_gap: float | None = None  # nats; None: bf16 0.05, fp32 1e-4, on a GPU 1e-2
+    chat_template_kwargs: dict | None = None  # None: as stored, else {"enable_thinking": False}
     # processes (torchrun)
     fsdp: bool = False  # shard student and teacher over them; else each holds both whole
     collective_timeout: float = 1800.0  # seconds that one waits for the others before all end
@@ -147,8 +147,8 @@ class Config:
 
 # Where the paper (arXiv 2605.16826) is silent or contradicts itself, we
 #   - take the KL over the full vocabulary (appendix D samples it, sections 3 and G.4 do not);
-#   - average over all response tokens of the step, whatever the ranks and micro-batches (the paper's
-#     configs over sequences, as its next of kin does);
+#   - average over all response tokens of the step, whatever the ranks and micro-batches; configs of
+#     the paper's runs average over sequences, as the same lab's public code (PowerOPD) does;
 #   - keep fp32 master weights: at lr 5e-7 pure bf16 weights lose most updates;
 #   - sample with top_p = 1 and top_k = 0 by default, so that prefixes really come from q;
 #   - end a student's response on the stop ids of both models: a Base student and a chat teacher
@@ -408,7 +408,7 @@ def load_models(cfg, trajectories, device):
     if trajectories and trajectories.cached:
         require(
             not (cfg.eval_teacher or cfg.eval_kl), cfg, "trajectories",
-            "of the teacher only its LM head is loaded: set eval_teacher and eval_kl False")
+            "of the teacher only its LM head is kept: set eval_teacher and eval_kl False")
         head_p = load_head(cfg.teacher, trajectories).to(device, dtype)
         heads.append(head_p)
     elif cfg.teacher:

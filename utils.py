@@ -541,7 +541,7 @@ def open_run(cfg, model, tokenizer, state):
     ]
     write_lines(metrics, kept, mode="w")
     if cfg.wandb:
-        with as_user_error("wandb"):
+        with as_user_error("cannot log to wandb (pip install wandb, or --wandb=False)"):
             import wandb
 
             project, name = out_dir.resolve().parts[-2:]

@@ -9,7 +9,7 @@ out_dir = "out/opd_4b"
 
 prefix = "student"
 reverse_weight = 1.0
-loss_norm = "sequence"              # the mean of the sequences' means, as its next of kin has it
+loss_norm = "sequence"              # a mean of the sequences' means
 max_new_tokens = 4096
 temperature = 1.0
 top_p = 0.95

@@ -5,6 +5,6 @@ from configs.smollm_opd import *
 batch_size = 16
 max_steps = 20
 eval_every = 20
-eval_kl = False                     # of the cached teacher only the head is loaded
+eval_kl = False                     # of the cached teacher only the head is kept
 save_every = 20
 out_dir = "out/smollm_cells"

@@ -5,5 +5,5 @@ from configs.toy_opd import *
 prefix = "teacher"
 trajectories = "out/toy_sample"
 reverse_weight = 0.0
-eval_teacher = False                # of the teacher only its LM head is loaded
+eval_teacher = False                # of the teacher only its LM head is kept
 out_dir = "out/toy_sft"

@@ -1,8 +1,8 @@
 """
 Problems, the prompts made of them, and which of the prompts a step of training has.
 
-Problems are in JSONL files of one schema, which data/benchmarks.py writes from the original
-benchmarks and data/toy.py for the toy world.
+Problems are in JSONL files of one schema. data/benchmarks.py writes them from the original
+benchmarks, data/toy.py for the toy world and data/smollm.py for a real model.
 """
 
 import functools
@@ -39,15 +39,15 @@ def load_problems(path, answered=False):
     if not Path(path).is_file():
         raise UserError(
             f"no prompt file {path}: `python data/benchmarks.py {Path(path).stem}` makes it where "
-            f"it is a benchmark, `python data/toy.py` the problems of the toy world"
+            f"it is a benchmark, data/toy.py and data/smollm.py make those of their worlds"
         )
     with as_user_error(
         f'{path} must be text with {{"problem": ..., "answer": ...}} on each line, in UTF-8; '
         f"unpack or convert it"
     ):
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-        if not any(map(str.strip, lines)):
-            raise ValueError("it holds no problems")
+    if not any(map(str.strip, lines)):
+        raise UserError(f"{path} holds no problems")
     rows = []
     for number, line in enumerate(lines, 1):
         with as_user_error(f"{path}, line {number}"):

@@ -8,7 +8,7 @@ Time, peak extra memory and gradient error of linear_kl beside other people's co
 One measurement is forward + backward to gradients of h_q and W_q. Times are medians of `--repeats`
 alternating rounds after one warm-up.
 
-    naive   the reference in kernels/linear_kl.py by autograd
+    naive   the reference below by autograd
     TRL     ChunkedDivergenceFunction (pip install trl==1.16.0)
     Liger   LigerFusedLinearJSDLoss (pip install liger-kernel)
 

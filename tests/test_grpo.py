@@ -444,7 +444,7 @@ def test_a_student_with_another_models_tokenizer(rl, tmp_path):
     foreign = PreTrainedTokenizerFast(tokenizer_object=letters)
     foreign.chat_template = "{{ messages[0]['content'] }}"
     foreign.save_pretrained(folder)
-    with pytest.raises(utils.UserError, match=r"stop ids \[257\], but the tokenizer has 256"):
+    with pytest.raises(utils.UserError, match=r"stop ids are \[257\], and the tokenizer has 256"):
         rl(student=folder)
 
 

@@ -580,7 +580,7 @@ SOLUTIONS = "--teacher=None --prefix=teacher --reverse_weight=0 --eval_teacher=F
      "incompatible tokenizers: id 51 is '3' for the student and '4' for the teacher"),
     ("--prompts={root}/none.jsonl",
      "no prompt file {root}/none.jsonl: `python data/benchmarks.py none` makes"),
-    ("--prompts={root}/empty.jsonl", "unpack or convert it: it holds no problems"),
+    ("--prompts={root}/empty.jsonl", "{root}/empty.jsonl holds no problems"),
     ("--prompts={root}/bad.jsonl", "{root}/bad.jsonl, line 2: "),
     ("--prompts={root}/nokey.jsonl",
      "nokey.jsonl, line 1: no \"problem\" or \"question\" text; found the keys ['text']"),
@@ -784,7 +784,7 @@ def test_wandb(train, tmp_path, monkeypatch):
     assert logged[0][1]["student/avg_at_k"] == rows[0]["avg_at_k"]
     assert logged[1][1]["train/loss"] == rows[1]["loss"]
     monkeypatch.setitem(sys.modules, "wandb", None)     # as where it is not installed
-    with pytest.raises(UserError, match="wandb: "):
+    with pytest.raises(UserError, match="cannot log to wandb .pip install wandb"):
         train(OPD, "--max_steps=2", "--wandb", "--resume", out=out)
 
 
