@@ -58,9 +58,8 @@ def stop_ids(generation_config, tokenizer):
     ids = [ids] if isinstance(ids, int) else ids
     if not ids or max(ids) >= len(tokenizer):
         raise UserError(
-            f"{tokenizer.name_or_path}: the stop ids are {ids}, and the tokenizer has "
-            f"{len(tokenizer)} ids; set eos_token_id in generation_config.json, or put the model's "
-            f"own tokenizer beside it"
+            f"{tokenizer.name_or_path}: stop ids are {ids}, and the tokenizer has {len(tokenizer)} "
+            f"ids; set eos_token_id in generation_config.json, or give the model its own tokenizer"
         )
     return list(ids)
 
