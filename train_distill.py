@@ -1,7 +1,7 @@
 """
 Distil a teacher LLM into a smaller student.
 
-    python train_distill.py configs/toy_opd.py                        # CPU, about two minutes
+    python train_distill.py configs/toy_opd.py                        # CPU, about a minute
     torchrun --nproc_per_node=8 train_distill.py configs/opd_8b.py    # Qwen3-8B -> Qwen3-0.6B-Base
 
 Equations and sections are those of arXiv 2605.16826. p = teacher, q = student: next-token

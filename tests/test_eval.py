@@ -140,6 +140,12 @@ def test_a_base_model_is_measured_like_its_checkpoints(tmp_path):
     assert as_taught["settings"]["tokenizer"] != own["settings"]["tokenizer"]
 
 
+def test_names_of_benchmarks():
+    """Blanks around them do not count, and neither does a comma at the end."""
+    cfg = eval_math.Config(benchmarks="data/toy/middle.jsonl, data/toy/hard.jsonl ,")
+    assert list(eval_math.load_benchmarks(cfg)) == ["middle", "hard"]
+
+
 def test_greedy_samples_are_all_the_same(tmp_path, capsys):
     run(tmp_path / "e", "--temperature=0", "--num_problems=2", "--samples_per_problem=2")
     assert "warning: at T = 0 all responses to a problem are the same" in capsys.readouterr().out
