@@ -699,7 +699,7 @@ def _write_checkpoint(path, model, tokenizer, weights, moments, state):
     The files of a checkpoint at `path`, in place of those that may be there. UserError where any
     library cannot write its part; what was there stays then.
     """
-    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of a save that was cut short
         model.save_pretrained(temporary, state_dict=weights, max_shard_size="9TB")
@@ -711,9 +711,9 @@ def _write_checkpoint(path, model, tokenizer, weights, moments, state):
                 with open(name) as file:
                     os.fsync(file)  # a full disk may say so only now
         with contextlib.suppress(FileNotFoundError):  # of an earlier save of this step
-            path.rename(old)
+            path.rename(temporary / "old")
         temporary.replace(path)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(path / "old", ignore_errors=True)
     except Exception as error:  # tokenizers and torch have errors of their own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(

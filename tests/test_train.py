@@ -690,6 +690,18 @@ def test_a_student_that_could_not_be_saved(train, tmp_path, capsys, file, conten
     assert load_model(run / "last", torch.float32).generation_config.eos_token_id == [257, 3]
 
 
+def test_a_step_is_saved_again(tmp_path, student, tokenizer):
+    """Also where a kill came while what was there before was removed: nothing of it stays."""
+    path = tmp_path / "step_000001"
+    for step in (1, 2, 3):
+        utils._write_checkpoint(path, student, tokenizer, {}, {}, {"step": step})
+        assert json.loads((path / "train_state.json").read_text()) == {"step": step}
+        assert [entry.name for entry in tmp_path.iterdir()] == ["step_000001"]
+        assert not (path / "old").exists()
+        (path / "old").mkdir()
+        (path / "old" / "optimizer.pt").write_bytes(b"half removed")
+
+
 def test_a_save_is_tried_before_the_first_step(train, tmp_path, monkeypatch):
     def fails(*args, **options):
         raise TypeError("not JSON serializable")
