@@ -315,14 +315,6 @@ def difference(values, form):
 
 
 def main():
-    if sys.argv[1:2] == ["--eval"] and sys.argv[2:]:
-        reports = read_reports(sys.argv[2:])
-        out = Path(sys.argv[2]) / "results.png"
-        draw_evaluations(reports, out)
-        print(f"wrote {out}")
-        return print("\n".join(evaluation_table(reports)))
-    if sys.argv[1:2] == ["--compare"] and len(sys.argv) == 4:
-        return compare(*sys.argv[2:])
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders")
@@ -334,7 +326,21 @@ def main():
                         help="updates, or TFLOPs as the paper counts them")
     parser.add_argument("--out", help="PNG to write; default curves.png in the run's folder, or "
                                       "in the current one for several")
+    parser.add_argument("--eval", action="store_true",
+                        help="the folders are eval_math.py's: bars in results.png, and a table")
+    parser.add_argument("--compare", action="store_true",
+                        help="two folders of eval_math.py: differences, second - first")
     args = parser.parse_args()
+    if args.compare:
+        if len(args.runs) != 2:
+            parser.error(f"--compare takes two folders, {len(args.runs)} were given")
+        return compare(*args.runs)
+    if args.eval:
+        reports = read_reports(args.runs)
+        out = args.out or str(Path(args.runs[0]) / "results.png")
+        draw_evaluations(reports, out)
+        print(f"wrote {out}")
+        return print("\n".join(evaluation_table(reports)))
 
     rows = {}
     for i, folders in enumerate([args.runs, *args.row]):
