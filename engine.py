@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.utils import cached_file
@@ -79,9 +80,9 @@ def sample_tokens(logits, uniforms, sampling):
     else:
         scaled, ids = logits / sampling.temperature, None
         if sampling.top_k or sampling.top_p < 1:
-            scaled, ids = scaled.sort(dim=-1, descending=True, stable=True)
-            kept = sampling.top_k or len(scaled[0])
-            scaled, ids = scaled[:, :kept], ids[:, :kept]
+            kept = sampling.top_k or None
+            ranked = scaled.sort(dim=-1, descending=True, stable=True)
+            scaled, ids = (values[:, :kept] for values in ranked)
         # The sum is in fp64: over 150k fp32 probabilities it would lose the tail.
         probs = torch.softmax(scaled, -1)
         cdf = probs.cumsum(-1, dtype=torch.float64)
@@ -173,26 +174,30 @@ class HFEngine(Engine):
     def _decode(self, rows, prompts, sampling, seeds, on_token):
         device, limit = self.model.device, sampling.max_new_tokens
         head = lm_head(self.decoder)[: self.vocab_size]
-        width = len(prompts[rows[-1]])  # `stream` has sorted them
-        padded = [[0] * (width - len(prompts[i])) + list(prompts[i]) for i in rows]
-        ids = torch.tensor(padded, device=device)  # (B, T), padded on the left
-        lengths = torch.tensor([len(prompts[i]) for i in rows], device=device)
+        ids = [torch.tensor(prompts[i]) for i in rows]
+        ids = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left")
+        # Equal prompts, as those of a group of GRPO's, are read once, and their cache is copied.
+        ids, copies = ids.to(device).unique(dim=0, return_inverse=True)  # (prompts, T), (B,)
+        lengths = (ids >= 0).sum(1)
         drawn = [torch.rand(limit, generator=torch.Generator().manual_seed(seeds[i])) for i in rows]
         uniforms = torch.stack(drawn).to(device)  # (B, limit)
-        written = {i: ([], []) for i in rows}  # tokens and log-probs so far
+        rows = [(i, [], []) for i in rows]  # tokens and log-probs so far
         cache = DynamicCache(config=self.decoder.config)
+        hidden = self._advance(ids.clamp(min=0), lengths, cache)[copies]  # (B, H)
+        cache.batch_select_indices(copies)
+        lengths = lengths[copies]
         for step in range(limit):
-            logits = (self._advance(ids, lengths, cache) @ head.T).float()
+            logits = (hidden @ head.T).float()
             tokens, logps = sample_tokens(logits, uniforms[:, step], sampling)
             unfinished = []
-            for b, (i, token, logp) in enumerate(zip(rows, tokens.tolist(), logps.tolist())):
-                written[i][0].append(token)
-                written[i][1].append(logp)
+            for b, (row, token, logp) in enumerate(zip(rows, tokens.tolist(), logps.tolist())):
+                row[1].append(token)
+                row[2].append(logp)
                 if on_token:
-                    on_token(i, token)
+                    on_token(row[0], token)
                 stopped = token in sampling.stop_ids
                 if stopped or step + 1 == limit:
-                    yield i, *written[i], "stop" if stopped else "length"
+                    yield *row, "stop" if stopped else "length"
                 else:
                     unfinished.append(b)
             if not unfinished:
@@ -202,7 +207,8 @@ class HFEngine(Engine):
                 stay = torch.tensor(unfinished, device=device)
                 tokens, lengths, uniforms = tokens[stay], lengths[stay], uniforms[stay]
                 cache.batch_select_indices(stay)
-            ids, lengths = tokens[:, None], lengths + 1
+            lengths = lengths + 1
+            hidden = self._advance(tokens[:, None], lengths, cache)
 
     def _advance(self, ids, lengths, cache):
         """
@@ -367,12 +373,12 @@ def vllm_version():
     return "none"
 
 
-def choose_engine(kind, device):
+def choose_engine(kind, model):
     """ "hf" or "vllm"; "auto" is vLLM where there are a GPU and a vLLM that fits. Prints it."""
     version = vllm_version()
     fits = version.startswith(f"{VLLM_VERSION}.")
     if kind == "auto":
-        kind = "vllm" if fits and device.type == "cuda" else "hf"
+        kind = "vllm" if fits and model.device.type == "cuda" else "hf"
     if kind == "vllm" and not fits:
         raise UserError(
             f"engine='vllm': vLLM {VLLM_VERSION} is needed, installed: {version}; "
@@ -384,15 +390,20 @@ def choose_engine(kind, device):
         # In this process: `sync` reaches into it.
         | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     )
-    print0(f"rollouts by engine={kind!r} (on {device.type}, vLLM installed: {version})")
+    print0(
+        f"{model.name_or_path} writes with engine={kind!r} (on {model.device.type}, vLLM "
+        f"installed: {version})"
+    )
     return kind
 
 
 def make_engine(kind, cfg, model, dtype, vocab_size, max_length, sleeps=True):
     """
-    The engine of a model, with cfg's rollout_rows, max_tokens_per_microbatch, kv_cache_gb,
-    rollout_timeout and max_logprob_gap (None: 0.05 nats in bf16, 1e-4 in fp32, on a GPU 1e-2).
+    The engine that `choose_engine` chooses by `kind`, for a model, with cfg's rollout_rows,
+    max_tokens_per_microbatch, kv_cache_gb, rollout_timeout and max_logprob_gap (None: 0.05 nats in
+    bf16, 1e-4 in fp32, on a GPU 1e-2).
     """
+    kind = choose_engine(kind, model)
     engine = (HFEngine if kind == "hf" else VLLMEngine)(
         model, dtype, vocab_size, cfg.rollout_rows, cfg.max_tokens_per_microbatch
     )
@@ -422,14 +433,15 @@ def score(engine, prompts, rollouts):
     lengths = [len(prompt) + len(tokens) for prompt, tokens in sequences]
     with unsharded(engine.model):
         for batch in microbatches(lengths, engine.max_tokens):
-            hidden = response_hidden(engine.model, [sequences[b] for b in batch], engine.dtype)
-            targets = [token for b in batch for token in sequences[b][1]]
+            micro = [sequences[b] for b in batch]
+            hidden = response_hidden(engine.model, micro, engine.dtype)
+            targets = [token for _, tokens in micro for token in tokens]
             targets = torch.tensor(targets, dtype=torch.long, device=hidden.device)
             head = lm_head(engine.model)[: engine.vocab_size]
             logps, entropy = linear_logp(hidden, head, targets)
             written = [logp for b in batch for logp in rollouts[b][1]]
             gaps += [abs(x - y) for x, y in zip(logps.tolist(), written, strict=True)]
-            parts = entropy.double().cpu().split([len(sequences[b][1]) for b in batch])
+            parts = entropy.double().cpu().split([len(tokens) for _, tokens in micro])
             for b, part in zip(batch, parts):
                 entropies[b] = part
     mean, largest = sum(gaps) / max(1, len(gaps)), max(gaps, default=0.0)
@@ -449,11 +461,6 @@ def score(engine, prompts, rollouts):
 def fingerprint(items):
     """16 hex digits of a dict's keys and values."""
     return hashlib.blake2b(repr(sorted(items.items())).encode(), digest_size=8).hexdigest()
-
-
-def tokenizer_revision(tokenizer):
-    """A fingerprint of its vocabulary and chat template."""
-    return fingerprint(tokenizer.get_vocab() | {"chat_template": tokenizer.chat_template})
 
 
 def model_revision(path):

@@ -31,15 +31,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.problems import adopt_template, load_problems, load_tokenizer, usable_prompts
+from data.problems import (
+    adopt_template,
+    load_problems,
+    load_tokenizer,
+    tokenizer_revision,
+    usable_prompts,
+)
 from engine import (
     Sampling,
-    choose_engine,
     fingerprint,
     make_engine,
     model_revision,
     stop_ids,
-    tokenizer_revision,
 )
 from grade import respond, summarise, verdicts_by_problem
 from utils import (
@@ -150,7 +154,7 @@ def open_model(cfg, benchmarks, device):
             name, problems, tokenizer, cfg.max_new_tokens, positions, vocab_size)
         longest = max(longest, *map(len, prompts[name].values()))
     engine = make_engine(
-        choose_engine(cfg.engine, device), cfg, model, dtype, vocab_size,
+        cfg.engine, cfg, model, dtype, vocab_size,
         longest + cfg.max_new_tokens, sleeps=False)
     return tokenizer, engine, sampling, prompts
 

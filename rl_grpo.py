@@ -43,7 +43,6 @@ from data.problems import (
 )
 from engine import (
     Sampling,
-    choose_engine,
     fingerprint,
     forward_flops,
     make_engine,
@@ -400,7 +399,7 @@ def main(argv):
     longest = max(map(len, prompts + [prompt for _, prompt in held_out]))
     longest += max(cfg.max_new_tokens, cfg.eval_max_new_tokens)
     engine = make_engine(
-        choose_engine(cfg.engine, device), cfg, student, dtype, vocab_size, longest
+        cfg.engine, cfg, student, dtype, vocab_size, longest
     )
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=cfg.learning_rate, fused=True, weight_decay=cfg.weight_decay

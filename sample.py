@@ -24,17 +24,21 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from data.problems import encode_chat, load_problems, load_tokenizer, usable_prompts
+from data.problems import (
+    encode_chat,
+    load_problems,
+    load_tokenizer,
+    tokenizer_revision,
+    usable_prompts,
+)
 from engine import (
     HFEngine,
     Sampling,
-    choose_engine,
     fingerprint,
     make_engine,
     model_revision,
     score,
     stop_ids,
-    tokenizer_revision,
 )
 from trajectories import SHARDS, Sampled, finished, write_shard
 from utils import (
@@ -300,7 +304,7 @@ def main(argv):
     )
     longest = max(map(len, prompts.values())) + cfg.max_new_tokens
     engine = make_engine(
-        choose_engine(cfg.engine, device), cfg, model, dtype, vocab_size, longest, sleeps=False)
+        cfg.engine, cfg, model, dtype, vocab_size, longest, sleeps=False)
 
     # 2. what is to be done: every (prompt, sample) that no shard holds
     settings = settings_of(cfg, engine, tokenizer, stops, problems)

@@ -40,7 +40,6 @@ from data.problems import (
 )
 from engine import (
     Sampling,
-    choose_engine,
     fingerprint,
     forward_flops,
     make_engine,
@@ -485,13 +484,13 @@ def encode_data(cfg, models, trajectories, problems, held_out):
     return data
 
 
-def make_engines(cfg, models, data, device):
+def make_engines(cfg, models, data):
     """
     {"student": engine, "teacher": engine, where it is run}. vLLM can put only one engine of a
     process to sleep, so where the teacher writes the prefixes it has vLLM, and the student's
     evaluations use transformers.
     """
-    kinds = {"student": choose_engine(cfg.engine, device), "teacher": "hf"}
+    kinds = {"student": cfg.engine, "teacher": "hf"}
     if response_source(cfg) == "teacher":
         kinds = {"student": "hf", "teacher": kinds["student"]}
     prompts = data.prompts + [prompt for _, prompt in data.held_out]
@@ -589,7 +588,7 @@ def main(argv):
     state, checkpoint = start_run(cfg, inputs, identity, rung=0, entropies=[], closed=False)
     models = load_models(cfg, trajectories, device)
     data = encode_data(cfg, models, trajectories, problems, held_out)
-    engines = make_engines(cfg, models, data, device)
+    engines = make_engines(cfg, models, data)
 
     student = models.student
     optimizer = torch.optim.AdamW(

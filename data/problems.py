@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig
 
-from engine import stop_ids
+from engine import fingerprint, stop_ids
 from grade import extract_answer
 from utils import (
     RANK,
@@ -46,8 +46,6 @@ def load_problems(path, answered=False):
         f"unpack or convert it"
     ):
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    if not any(map(str.strip, lines)):
-        raise UserError(f"{path} holds no problems")
     rows = []
     for number, line in enumerate(lines, 1):
         with as_user_error(f"{path}, line {number}"):
@@ -55,6 +53,8 @@ def load_problems(path, answered=False):
                 rows.append(_row(json.loads(line)))
                 if answered and not rows[-1]["answer"]:
                     raise ValueError("it has no answer to grade with; remove it")
+    if not rows:
+        raise UserError(f"{path} holds no problems")
     return rows
 
 
@@ -76,8 +76,10 @@ def _row(found):
     if "####" in worked or "\\boxed" in worked:
         answer, solution = extract_answer(worked), solution or worked
     # Tabs and line ends are usual in a problem; a tab in an answer was the head of \theta.
-    eaten = re.search(r"[\0-\x08\x0b\x0c\x0e-\x1f]", problem)
-    if eaten := eaten or re.search(r"[\0-\x09\x0b-\x1f]", answer or ""):
+    eaten = re.search(r"[\0-\x08\x0b\x0c\x0e-\x1f]", problem) or re.search(
+        r"[\0-\x09\x0b-\x1f]", answer or ""
+    )
+    if eaten:
         raise ValueError(
             f"{eaten.string[:40]!r} holds the control character {eaten.group()!r}: where it was a "
             f"backslash and a letter, JSON wants two backslashes, as in \\\\frac"
@@ -117,6 +119,11 @@ def load_tokenizer(path, template_kwargs=None):
             if template_kwargs or if_unset not in tokenizer.chat_template:
                 tokenizer.chat_template = default + tokenizer.chat_template
         return tokenizer
+
+
+def tokenizer_revision(tokenizer):
+    """A fingerprint of its vocabulary and chat template."""
+    return fingerprint(tokenizer.get_vocab() | {"chat_template": tokenizer.chat_template})
 
 
 def check_tokenizers(a, b, whose, others):
@@ -181,8 +188,8 @@ def usable_prompts(path, problems, tokenizer, horizon, positions, vocab_size):
             f"{path}: the chat template writes id {largest}, the smaller vocabulary "
             f"ends at {vocab_size - 1}; choose models of one family"
         )
-    if len(usable) < len(prompts):
-        skipped = len(prompts) - len(usable)
+    skipped = len(prompts) - len(usable)
+    if skipped:
         print0(f"warning: {path}: {skipped} of {len(prompts)} prompts skipped: they {limit}")
     return usable
 

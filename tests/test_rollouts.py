@@ -94,6 +94,25 @@ def test_rollouts_do_not_depend_on_the_batch(student, prompts):
     assert engine.generate(prompts[:1], sampling, [99])[0][0] != tokens[0]  # another seed
 
 
+def test_equal_prompts_are_read_once(student, prompts, monkeypatch):
+    """A group's prompt is one row of the first forward, and the responses are as of rows alone."""
+    a, b = prompts[0], [0, *prompts[0]]  # id 0 in front is a token, not padding
+    engine, sampling, rows = HFEngine(student, vocab_size=272), Sampling(48, STOPS), []
+    alone = [engine.generate([p], sampling, [i])[0] for i, p in enumerate([a, b, a, a, b])]
+    forward = engine._advance
+
+    def advance(ids, lengths, cache):
+        rows.append(len(ids))
+        return forward(ids, lengths, cache)
+
+    monkeypatch.setattr(engine, "_advance", advance)
+    together = engine.generate([a, b, a, a, b], sampling, range(5))
+    assert rows[:2] == [2, 5]
+    assert tokens_of(together) == tokens_of(alone) and len({*map(tuple, tokens_of(alone))}) == 5
+    for (_, logps, _), (_, others, _) in zip(together, alone):
+        assert max(abs(x - y) for x, y in zip(logps, others)) < 1e-4
+
+
 def test_rollouts_score_as_sampled(student, prompts):
     """
     Log-probs from the decode loop (left padding, cache, dropped rows) are those of one plain
@@ -192,8 +211,9 @@ def test_bf16_copy_follows_sync(student, prompts):
     ("vllm", "cpu", "0.32.1", "vllm")])
 def test_the_choice_is_printed(monkeypatch, capsys, kind, device, version, chosen):
     monkeypatch.setattr(engines, "vllm_version", lambda: version)
-    assert choose_engine(kind, torch.device(device)) == chosen
-    printed = f"rollouts by engine={chosen!r} (on {device}, vLLM installed: {version})\n"
+    model = SimpleNamespace(device=torch.device(device), name_or_path="out/model")
+    assert choose_engine(kind, model) == chosen
+    printed = f"out/model writes with engine={chosen!r} (on {device}, vLLM installed: {version})\n"
     assert capsys.readouterr().out == printed
 
 

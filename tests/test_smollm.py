@@ -16,7 +16,7 @@ import train_distill
 import utils
 from data import smollm
 from data.problems import encode_prompt, load_problems, load_tokenizer
-from engine import Sampling, choose_engine, make_engine, score, stop_ids
+from engine import Sampling, make_engine, score, stop_ids
 
 SHORT = ("--max_steps=3", "--max_new_tokens=12", "--eval_every=3", "--eval_prompts=4",
          "--eval_samples=2", "--eval_max_new_tokens=12", "--save_every=3", "--overwrite")
@@ -192,7 +192,6 @@ def test_engines_write_what_transformers_writes(greedy, kind):
     _, model, tokenizer, _, prompt, expected = greedy
     stops = tuple(stop_ids(model.generation_config, tokenizer))
     cfg = utils.load_config(train_distill.Config, ["configs/smollm_opd.py"])
-    choose_engine(kind, model.device)
     engine = make_engine(kind, cfg, model, torch.float32, 49152, len(prompt) + GREEDY)
     rollouts = engine.generate([prompt], Sampling(GREEDY, stops, 0.0), [0])
     assert rollouts[0][0] == expected

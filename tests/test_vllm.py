@@ -50,8 +50,7 @@ KEPT = []  # vLLM takes down what all engines of a process share when the first 
 
 def make(model, dtype=torch.float32, vocab_size=272, **changes):
     cfg = SimpleNamespace(**vars(CFG) | changes)
-    kind = choose_engine("vllm", model.device)
-    KEPT.append(make_engine(kind, cfg, model, dtype, vocab_size, 400))
+    KEPT.append(make_engine("vllm", cfg, model, dtype, vocab_size, 400))
     return KEPT[-1]
 
 
@@ -314,7 +313,7 @@ def test_a_version_that_does_not_fit(monkeypatch, installed):
     monkeypatch.setattr(engine_module, "vllm_version", lambda: installed)
     message = f"vLLM 0.32 is needed, installed: {installed}; pip install .* or --engine=hf"
     with pytest.raises(utils.UserError, match=message):
-        choose_engine("vllm", torch.device("cpu"))
+        choose_engine("vllm", SimpleNamespace(device=torch.device("cpu")))
 
 
 # ------------------------------------------------------------------------------------- the scripts
@@ -369,7 +368,7 @@ def test_two_ranks_and_a_dead_engine(tmp_path, capfd):
     """
     whole, cut, sharded = (tmp_path / name for name in ("whole", "cut", "sharded"))
     run_script(train_distill, [*ARGS, f"--out_dir={whole}"])
-    assert "rollouts by engine='vllm' (on cpu, vLLM installed: 0.32" in capfd.readouterr().out
+    assert "writes with engine='vllm' (on cpu, vLLM installed: 0.32" in capfd.readouterr().out
     checked = [row for row in step_rows(whole) if "logprob_gap_mean" in row]
     assert [row["step"] for row in checked] == [1, 3, 5]
     assert all(row["logprob_gap_max"] < 1e-4 for row in checked)
@@ -404,7 +403,7 @@ def test_the_other_scripts(tmp_path, capfd, script, argv):
     """Their log-probs pass the toy configs' limit, 1e-4, and vLLM did the work."""
     out = tmp_path / "out"
     run_script(script, [*argv, "--engine=vllm", "--kv_cache_gb=0.1", f"--out_dir={out}"])
-    assert "rollouts by engine='vllm' (on cpu, vLLM installed: 0.32" in capfd.readouterr().out
+    assert "writes with engine='vllm' (on cpu, vLLM installed: 0.32" in capfd.readouterr().out
     if script is rl_grpo:
         first, _ = step_rows(out)
         assert 0 < first["logprob_gap_max"] < 1e-4 and first["ratio_max"] == 1
