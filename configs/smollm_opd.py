@@ -20,12 +20,12 @@ dtype = "bfloat16"
 max_tokens_per_microbatch = 2048
 max_logprob_gap = 0.15              # bf16 rounds by 0.04 nats on average here: no air in 0.05
 
-eval_every = 5
+eval_every = 8
 eval_prompts = 64
 eval_samples = 4
 eval_max_new_tokens = 64
 eval_temperature = 1.0              # the model's own distribution, whose entropy means something
 eval_top_p = 1.0
 eval_kl = True                      # moves long before accuracy does
-save_every = 5
+save_every = 8
 keep = 2
