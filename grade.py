@@ -78,16 +78,32 @@ def pass_at_k(n, correct, k):
 
 # ------------------------------------------------------------------------------ finding the answer
 
+# What JSON makes of \\b, \\f and \\v before the rest of a command, as in \\boxed.
+_EATEN = str.maketrans({"\b": "\\b", "\f": "\\f", "\v": "\\v"})
+
+
 def extract_answer(response):
     """
-    The text of the answer in a response, or None. The first of these that there is:
+    The text of the answer in a response, or None. What follows a model's thoughts counts before the
+    thoughts, and in each the first of these that there is:
 
-    1. what is in the last whole \\boxed{} or \\fbox{}, nested braces included. Neighbouring boxes
-       are one answer: "\\boxed{3} and \\boxed{5}" is "3, 5";
-    2. the line after the last "####" that is no heading: how GSM8K ends its solutions;
-    3. to the end of its sentence, what follows the last "answer is", "Answer:", "# Answer" or "A:".
+    1. what is in the last \\boxed{} or \\fbox{}, nested braces included. Neighbouring boxes are one
+       answer: "\\boxed{3} and \\boxed{5}" is "3, 5". Where the last box is empty or has no end, no
+       answer was given;
+    2. what is in the last <answer></answer>;
+    3. the line after the last "####" that is no heading: how GSM8K ends its solutions;
+    4. to the end of its sentence, what follows the last "answer is", "Answer:", "# Answer" or "A:"
+       behind which there is a value.
     """
-    return _last_box(response) or _after_hashes(response) or _after_phrase(response)
+    thoughts, _, rest = response.translate(_EATEN).rpartition("</think>")
+    return _find(rest) or (_find(thoughts) if thoughts else None)
+
+
+def _find(text):
+    if re.search(r"\\(?:boxed|fbox)\b", text):
+        return _last_box(text)
+    tagged = re.findall(r"(?s)<answer>(.*?)</answer>", text)
+    return tagged[-1] if tagged else _after_hashes(text) or _after_phrase(text)
 
 
 # All that matters for finding where a box ends.
@@ -102,22 +118,19 @@ _BETWEEN = re.compile(r"\$?\s*(?:,|,?\s*(?:and|or)\b)\s*\$?(?:[A-Za-z]\s*=\s*)?"
 
 
 def _last_box(response):
-    first = re.search(r"\\(?:boxed|fbox)", response)
-    if not first:
-        return None
     boxes = []                                          # (start, end, content)
     opened = []                                         # the braces that are open
-    for token in _BOX_OR_BRACE.finditer(response, first.start()):
+    for token in _BOX_OR_BRACE.finditer(response):
         if token["open"]:
             opened.append(token)
         elif token["bare"]:
             boxes.append((token.start(), token.end(), token["bare"]))
         elif token["close"] and opened:
             left = opened.pop()
-            content = response[left.end():token.start()]
-            if left["box"] and content.strip():
-                boxes.append((left.start(), token.end(), content))
-    if not boxes:
+            if left["box"]:
+                boxes.append((left.start(), token.end(), response[left.end():token.start()]))
+    unfinished = any(left["box"] for left in opened)
+    if unfinished or not boxes or not max(boxes)[2].strip():
         return None
     boxes.sort()
     start, _, answer = boxes.pop()
@@ -149,18 +162,25 @@ def _after_phrase(response):
     found = list(_PHRASE.finditer(response))
     if not re.search("(?m)^B:", response):              # else "A:" is a choice or a person
         found += re.finditer("(?m)^A:", response)
-    if not found:
-        return None
-    start = max(match.end() for match in found)
-    tail = response[start:start + 500].lstrip(" \n\t:*")
-    tail = tail.removeprefix("$$").removeprefix("\\[").lstrip()
-    sentence = re.split(r"(?<!\\)[.!?]\s|\n|[.!?]?$", tail, maxsplit=1)[0]
-    # Where words come before the first number, the last number is the answer: "Janet makes $18".
+    ends = sorted(match.end() for match in found)
+    sentences = [_sentence(response[end:end + 500]) for end in ends]
+    # "... where the answer is not given" comes after the answer; a word alone may be one, too.
+    values = [s for s in sentences if re.search(r"[\d\\$]|\b[A-Z]\b", s)]
+    return (values or sentences or [""])[-1] or None
+
+
+def _sentence(tail):
+    """The first sentence, or only the number in it where it is about one: "Janet makes $18"."""
+    tail = re.sub(r"^(?:[\s:*]|[-•]\s|\$\$|\\\[)+", "", tail)
+    # It ends with bold print, and at a comma or bracket with words behind it, but "and" and "or".
+    end = r"(?<!\\)[.!?](?:\s|$)|\n|$|\*\*|(?:[,;]\s+|\s\()(?!and\b|or\b)[a-z]{2,}\b"
+    sentence = re.split(end, tail, maxsplit=1)[0]
+    # Where words come before the first number, the last number is the answer.
     beginning = re.split(r"[\d\\]", sentence, maxsplit=1)[0]
     if len(re.findall("[A-Za-z]{3,}", beginning)) >= 2:
         numbers = re.findall(r"[-+]?\d[\d,./]*%?", sentence)
         sentence = numbers[-1] if numbers else sentence
-    return sentence or None
+    return sentence
 
 
 # ----------------------------------------------------------------------------- one way of writing
@@ -290,8 +310,7 @@ def _compare(answer, gold):
     if _base(a) and _base(a) != _base(b):               # it drops what is written below
         return False, "different base"
     # It takes the right side of any equation for a value: 0, where the answer is x + y = 0.
-    if ("=" in b and "=" not in a and _is_relation(b)
-            or "=" in a and b == "0" and _is_relation(a)):
+    if "=" in b and "=" not in a and _is_relation(b):
         return False, "an equation is no value"
     # It does not tell the tuple (1,2) from the numbers 1,2 or the set \{1,2\}.
     if {"tuple", "collection"} == {_kind(a), _kind(b)}:
@@ -342,11 +361,34 @@ out, sys.stdout = sys.stdout, sys.stderr                # what libraries print i
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 logging.disable(logging.WARNING)
 from math_verify import parse, verify
-from sympy import Expr, nan, oo, zoo
+from sympy import (Eq, Expr, FiniteSet, Float, Interval, N, Tuple, false, nan, oo, true, zoo)
 
 # For sympy oo^9 - 17 is zero now and then, depending on what it has seen before.
 def infinite(parsed):
     return any(isinstance(x, Expr) and x.has(oo, -oo, zoo, nan) for x in parsed)
+
+# The values in it, in order; None where it has variables.
+def values(x):
+    if isinstance(x, (Tuple, FiniteSet, Interval)):
+        found = [values(part) for part in x.args if part not in (true, false)]
+        found = None if None in found else sum(found, [])
+        sort = isinstance(x, FiniteSet) and found and all(v.is_real for v in found)
+        return sorted(found) if sort else found
+    return [N(x, 30)] if isinstance(x, Expr) and not x.free_symbols else None
+
+# math-verify compares to six decimals, so 2^-60 is 2^-61 to it. A decimal stands for a number with
+# which it has six digits in common.
+def close(x, y):
+    ours, theirs = values(x), values(y)
+    if ours is None or theirs is None or len(ours) != len(theirs):
+        return True
+    limit = 5e-6 if x.has(Float) or y.has(Float) else 1e-20
+    return all(abs(p - q) <= limit * abs(q) for p, q in zip(ours, theirs))
+
+# Of an equation its right side is taken. It is the value only where a name stands on the left, or
+# the same number.
+def is_value(x):
+    return not isinstance(x, Eq) or x.lhs.is_Symbol or (x.lhs - x.rhs).is_zero
 
 print("ready", file=out, flush=True)
 for line in sys.stdin:
@@ -354,7 +396,9 @@ for line in sys.stdin:
     try:
         gold, answer = (parse("\\boxed{%s}" % x, parsing_timeout=None) for x in json.loads(line))
         result = (bool(answer and gold) and infinite(answer) == infinite(gold)
-                  and verify(gold, answer, timeout_seconds=None))
+                  and verify(gold, answer, timeout_seconds=None)
+                  and close(answer[0], gold[0])
+                  and (isinstance(gold[0], Eq) or is_value(answer[0])))
     except MemoryError:
         os._exit(3)
     except Exception:
