@@ -158,7 +158,7 @@ def test_math_verify_alone():
 
 @pytest.mark.parametrize("response, answer", [
     ("first \\boxed{1}, then \\boxed{2}", "2"), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
-    ("\\boxed{\\boxed{5}}", "5"), ("\\boxed{1} and then \\boxed{2", "1"), ("\\fbox{3}", "3"),
+    ("\\boxed{\\boxed{5}}", "5"), ("\\boxed{1} and then \\boxed{2", None), ("\\fbox{3}", "3"),
     ("\\boxed {7}", "7"), ("\\boxed 5.", "5"), ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"),
     ("\\boxed{a\\\\}", "a\\\\"), ("} \\boxed{1} {", "1"), ("\\boxed{}", None),
     ("I use \\boxed{}. The answer is 5.", "5"), ("12 \n#### 1,234\nDone.", "1,234"),
