@@ -38,23 +38,17 @@ def grade_all(pairs, seconds=5.0):
     Equal texts and integers are decided here, all else by math-verify in worker processes. Raises
     UserError where math-verify is needed and cannot be imported.
     """
-    results = []
-    undecided = {}                      # {(answer, gold), aligned: where they are in `results`}
-    for row, (response, gold) in enumerate(pairs):
-        answer = extract_answer(response) or ""
-        pair = _align(normalise_answer(answer), normalise_answer(_last_box(gold) or gold))
-        results.append(_compare(*pair))
-        if results[-1] is None:
-            undecided.setdefault(pair, []).append(row)
-    if not undecided:
-        return results
-
-    with ThreadPoolExecutor(min(len(undecided), _workers())) as threads:
-        verdicts = threads.map(lambda pair: _math_verify(*pair, seconds), undecided)
-        for rows, verdict in zip(undecided.values(), verdicts):
-            for row in rows:
-                results[row] = verdict
-    return results
+    asked = []
+    for response, gold in pairs:
+        pair = extract_answer(response) or "", _last_box(gold) or gold
+        asked.append(pair if pair[0] == pair[1] else _align(*map(normalise_answer, pair)))
+    verdicts = {pair: _compare(*pair) for pair in asked}
+    undecided = [pair for pair, verdict in verdicts.items() if verdict is None]
+    if undecided:
+        with ThreadPoolExecutor(min(len(undecided), _workers())) as threads:
+            found = threads.map(lambda pair: _math_verify(*pair, seconds), undecided)
+            verdicts.update(zip(undecided, found))
+    return [verdicts[pair] for pair in asked]
 
 
 def _workers():
@@ -64,6 +58,26 @@ def _workers():
     else:
         cores = os.cpu_count() or 1
     return cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1
+
+
+def main(argv):
+    """
+    `grade.py RESPONSE GOLD` shows how a verdict comes about; `grade.py --regrade FOLDER` grades the
+    samples of eval_math.py again and shows what would change, without changing it.
+    """
+    if len(argv) != 2:
+        sys.exit(f"error: two arguments are needed, {len(argv)} were given\n{main.__doc__}")
+    records = [{"response": argv[0], "answer": argv[1]}]
+    if argv[0] == "--regrade":
+        from utils import read_lines
+
+        records = read_lines(f"{argv[1]}/samples.jsonl")
+    pairs = [(record["response"], record["answer"]) for record in records]
+    for record, (response, gold), (verdict, why) in zip(records, pairs, grade_all(pairs)):
+        if record.get("correct", "not yet") != verdict:
+            answer = extract_answer(response)
+            print(f"{answer!r}, in normal form {normalise_answer(answer or '')!r}; gold {gold!r}, "
+                  f"{normalise_answer(gold)!r}; {verdict}: {why}; before: {record.get('correct')}")
 
 
 def pass_at_k(n, correct, k):
@@ -90,21 +104,23 @@ def extract_answer(response):
     1. what is in the last \\boxed{} or \\fbox{}, nested braces included. Neighbouring boxes are one
        answer: "\\boxed{3} and \\boxed{5}" is "3, 5". Where the last box is empty or has no end, an
        answer was not given until there;
-    2. what is in the last <answer></answer>;
-    3. the line after the last "####" that is no heading: how GSM8K ends its solutions;
-    4. to the end of its sentence, what follows the last "answer is", "Answer:", "# Answer" or "A:"
+    2. what is in the last <answer></answer>, or follows the last "####" that is no heading, as at
+       the end of GSM8K's solutions;
+    3. to the end of its sentence, what follows the last "answer is", "Answer:", "# Answer" or "A:"
        behind which there is a value.
     """
     thoughts, _, rest = response.translate(_EATEN).rpartition("</think>")
-    return _find(rest) or (_find(thoughts) if thoughts else None)
+    return _find(rest) or _find(thoughts)
 
 
 def _find(text):
     if answer := _last_box(text):
         return answer
     rest = re.split(r"\\(?:boxed|fbox)\b", text)[-1]
-    tagged = re.findall(r"(?s)<answer>(.*?)</answer>", rest)
-    return tagged[-1] if tagged else _after_hashes(rest) or _after_phrase(rest)
+    # Behind the hashes of a heading, "#### Step 2: add", there is a word.
+    marked = r"(?s)<answer>(.*?)</answer>|(?<!#)####(?!#)(?![^\w\\]*[A-Za-z]{3})[^\S\n]*([^\n]+)"
+    found = ["".join(groups) for groups in re.findall(marked, rest)]
+    return found[-1] if found else _after_phrase(rest)
 
 
 # All that matters for finding where a box ends.
@@ -141,13 +157,6 @@ def _last_box(response):
     return answer
 
 
-def _after_hashes(response):
-    for tail in reversed(re.findall(r"(?<!#)####(?!#)[^\S\n]*([^\n]+)", response)):
-        if not re.match(r"[^\w\\]*[A-Za-z]{3}", tail):  # "#### Step 2: add" is a heading
-            return tail
-    return None
-
-
 _PHRASE = re.compile(r"""
     # "the answer is", "answer to the question is", "**answer:**", but not "to answer this: ..."
     (?<!to[ ]) \banswer\b (?: [ ](?:to|for|of)\b[^.:=\n]{0,60}? | [ ][a-z]{1,12} )?
@@ -156,14 +165,13 @@ _PHRASE = re.compile(r"""
   | ^\#+[ ]* (?:final[ ])? answer\b
     # the line "**Final answer**"
   | ^\** (?:final[ ])? answer \**$
+    # "A:", unless it is a choice or a person, beside "B:"
+  | ^A: (?! [\s\S]* ^B:)
     """, re.VERBOSE | re.IGNORECASE | re.MULTILINE)
 
 
 def _after_phrase(response):
-    found = list(_PHRASE.finditer(response))
-    if not re.search("(?m)^B:", response):              # else "A:" is a choice or a person
-        found += re.finditer("(?m)^A:", response)
-    ends = sorted(match.end() for match in found)
+    ends = [match.end() for match in _PHRASE.finditer(response)]
     sentences = [_sentence(response[end:end + 500]) for end in ends]
     # "... where the answer is not given" comes after the answer; a word alone may be one, too.
     values = [s for s in sentences if re.search(r"[\d\\$]|\b[A-Z]\b", s)]
@@ -186,77 +194,110 @@ def _sentence(tail):
 
 # ----------------------------------------------------------------------------- one way of writing
 
-# Signs, and how LaTeX or the keyboard writes them; "~" is a space in LaTeX.
-_SYMBOLS = str.maketrans({
-    "−": "-", "–": "-", "×": "\\times ", "·": "\\cdot ", "÷": "/", "⁄": "/", "∕": "/",
-    "°": "^\\circ ", "∞": "\\infty ", "π": "\\pi ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ",
-    "≈": "\\approx ", "±": "\\pm ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ",
-    "∅": "\\emptyset ", "~": " "})
-
-# Digits with points and commas, then perhaps a fraction: -1,234.5 or .5 or 1\frac{4}{5} or \frac12.
-_PART = r"\s*(?:\{[^{}]*\}|\d)"                         # of a fraction
-_NUMBER = rf"[-+]?(?:\d[\d.,]*|\.\d+)?(?:(?<=[\d.])|\\[dt]?frac{_PART}{_PART})"
-# Number words, by which a number is multiplied.
-_ZEROS = {"hundred": 2, "thousand": 3, "k": 3, "million": 6, "billion": 9, "trillion": 12}
-_COUNT = rf"(?:{'|'.join(_ZEROS)}|dozen)"
-# Words after a number that are no unit: "3 halves", "3 squared", "3 less than x".
-_NO_UNIT = (rf"(?:{_COUNT}s?|half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten)ths?"
-            r"|squared|cubed|factorial|plus|minus|times(?= \S)|less than|more than|over|choose|out|to"
-            r"|sin|cos|tan|log|ln|sqrt|and|or|mod|if|where|for)\b")
-# What may be left of a unit: a number, a product, power or quotient of numbers.
-_VALUE = rf"{_NUMBER}(?:(?:/|\*|\s*\\(?:times|cdot)\s*){_NUMBER})?(?:\^\{{?-?\d+\}}?)?(?:\\pi)?"
-_SHORT_UNIT = r"(?:[kcmnu]?[mgslLNVAJW]|[KCFT]|[kM]?Hz|k?Pa|of|in|ft|yd|oz|lb|mi|hr?|[ap]\.?m)"
-
-# {what is written: what stands for it}, applied in this order: a rule relies on those before it.
-_RULES = {
-    # Currencies; LaTeX's brackets \( \) \[ \], its \! and sizes of brackets.
-    r"(?:US)?\\?\$|USD\b|[£€¥₹¢]"
-    r"|(?<!\\)\\(?:[][()!]|(?:left|right|[bB]ig+[lr]?|displaystyle)(?![A-Za-z]))": "",
-    # LaTeX's spaces, and a comma in braces, which keeps LaTeX from adding a space after it.
-    r"(?<!\\)\\(?:[,;:> ]|q?quad\b)|\{ \}": " ",
-    r"\{,\}": ",",
-    # Two commands for the empty set, and brackets of a vector.
-    r"\\varnothing": r"\\emptyset",
-    r"\\langle": "(",
-    r"\\rangle": ")",
-    # **bold**, then Python's power x**2, then asterisks without a partner.
-    r"(?<![\w)])\*\*(.+?)\*\*": r"\1",
-    r"(?<=[\w)])\*\*(?=[\w({-])": "^",
-    r"\*\*": "",
-    # Commands that only change looks: colours, fonts, frames.
-    r"\\(?:text|page)?color(?:box)?\s*(?:\{\w+\}|\w+)": "",
-    r"\\(?:text\w*|math(?!bb|cal)\w+|operatorname|\w*box|bm|boldsymbol|underline|emph|[lL]arge)"
-    r"\s*\{([^{}]*)\}": r" \1 ",
-    # Braces, quotes and markup around the answer, punctuation after it.
-    r"^[\s*_`\"':]+|[\s*_`\"'.,;:\\]+$": "",
-    r"^\{([^{}]*)\}$": r"\1",
-    # Words before the answer that do not change it.
-    r"(?i)^(?:(?:the )?(?:final )?answer(?: is|:)+|about|around|approximately|roughly|option|choice"
-    r"|\\approx|an?(?= [a-z]))\s*(?=\S)": "",
-    # "percent" is a sign; base ten and degrees say nothing, nor do brackets around another base.
-    r"\s*per ?cent\b": r"\\%",
-    r"_\{?10\}?$": "",
-    r"^\(([\dA-F]+)\)(?=_)": r"\1",
-    r"\s*(?:\^\s*(?:\{\s*(?:\\circ|o)\s*\}|\\circ)|\\degree)\s*[CFK]?\s*$": "",
-    # The mixed number 3 1/2; 3 out of 4; 2 to 3.
-    r"^([-+]?\d+)\s+(\d+)\s*/\s*(\d+)\b": r"\1\\frac{\2}{\3}",
-    r"^(\d+)\s+out of\s+(\d+)$": r"\1/\2",
-    r"^(\d+)\s+to\s+(\d+)$": r"\1:\2",
-    # Words in brackets after a number, and a unit: 15 cm^2, 60 miles per hour, 5 [cm], 12.5/hour.
-    rf"^({_VALUE}.*?)\s*[(\[][A-Za-z\s]+[)\]]$": r"\1",
-    rf"^({_VALUE}(?::\d\d)?)\s*(?!{_NO_UNIT})(?:\\(?:mu|Omega)\s*|/\s*)?"
-    rf"(?:{_SHORT_UNIT}(?![A-Za-z])|\\Omega|(?<=[\s/])[A-Za-z]{{3,}}\b|(?<=Omega)|(?<=mu))"
-    r"[\sA-Za-z./-]*\^?\{?\d?\}?$": r"\1",
-    # Python's exponent 1.5e3, and pi without a backslash.
-    r"^([-+]?[\d.]+)[eE]([-+]?\d{1,3})$": r"\1\\times 10^{\2}",
-    r"(?<=\d)pi\b": r"\\pi",
-    r"\s+": " ",
+# Patterns that the rules below have in common.
+_PARTS = {
+    # Digits with points and commas, then perhaps a fraction: -1,234.5 or 1\frac{4}{5} or \frac12.
+    "NUMBER": r"[-+]?(?:\d[\d.,]*|\.\d+)?(?:(?<=[\d.])|\\[dt]?frac<PART><PART>)",
+    "PART": r"\s*(?:\{[^{}]*\}|\d)",
+    # What a unit may follow: a number, a product, power or quotient of numbers.
+    "VALUE": r"<NUMBER>(?:(?:/|\*|\s*\\(?:times|cdot)\s*)<NUMBER>)?(?:\^\{?-?\d+\}?)?(?:\\pi)?",
+    # Short units, or words behind a space; then more words; then a power: ^2 or ^{2}.
+    "UNIT": r"(?:\\mu\s*|/\s*)?(?:<SHORT>(?![A-Za-z])|\\Omega|(?<=[\s/])[A-Za-z]{3,}\b)"
+            r"(?!.*\b(?:and|or|not)\b)[\sA-Za-z./-]*(?:(?<=[A-Za-z])\d|\^\s*\{?\d\}?)?",
+    "SHORT": r"(?:[kcmnu]?[mgslLNVAJW]|[KCFT]|[kM]?Hz|k?Pa|of|in|ft|yd|oz|lb|mi|hr?)",
+    # Words after a number that are no unit: "3 halves", "3 squared", "3 less than x".
+    "OTHER": r"(?:(?:k|hundred|thousand|[mbtr]+illion|dozen)s?|half|halves|thirds?|quarters?"
+             r"|(?:four|fif|six|seven|eigh|nin|ten)ths?|squared|cubed|factorial|plus|minus"
+             r"|times(?= \S)|less than|more than|over|choose|out|to"
+             r"|sin|cos|tan|log|ln|sqrt|and|or|mod|if|where|for)\b",
 }
-# Separators of thousands: 1,234,567.5 or 1 234 567.5.
-_SEPARATED = r"[-+]?\d{1,3}(?:[, ]\d{3})+(?:\.\d+)?"
-# A number and a number word, "2.5 \text{ million}" or "3 thousand eggs", but not "3 thousand five".
-_NAMED = (rf"({_NUMBER})\s*({_COUNT})s?"
-          rf"(?: (?!.*{_COUNT}|.*\b(?:one|two|three|four|five|six|seven|eight|nine|ten)\b)[a-z ]*)?")
+# What is written => what stands for it, in this order: a rule relies on those before it. <...> is
+# one of the patterns above, and _ a space.
+_RULES = r"""
+Signs that have a command; "~" is a space in LaTeX.
+    [−–] => -
+    [÷⁄∕] => /
+    × => \\times_
+    · => \\cdot_
+    ° => ^\\circ_
+    ∞ => \\infty_
+    π => \\pi_
+    ≤ => \\le_
+    ≥ => \\ge_
+    ≠ => \\ne_
+    ≈ => \\approx_
+    ± => \\pm_
+    ∪ => \\cup_
+    ∩ => \\cap_
+    ∈ => \\in_
+    ∅|\\varnothing => \\emptyset_
+    √\s*(\w+|\([^()]*\)) => \\sqrt{\1}
+    ~ => _
+Currencies; LaTeX's brackets \( \) \[ \], its \! and sizes of brackets; a comma in braces.
+    (?:US)?\\?\$|USD\b|[£€¥₹¢] =>
+    (?<!\\)\\(?:[][()!]|(?:left|right|[bB]ig+[lr]?|displaystyle)(?![A-Za-z])) =>
+    \{,\} => ,
+LaTeX's spaces.
+    (?<!\\)\\(?:[,;:>\ ]|q?quad\b)|\{\s\} => _
+Dots; brackets of a vector.
+    \.{3}|\\c?dots => \\ldots_
+    \\langle => (
+    \\rangle => )
+**bold**, Python's power x**2, asterisks without a partner.
+    (?<![\w)])\*\*(.+?)\*\* => \1
+    (?<=[\w)])\*\*(?=[\w({-]) => ^
+    \*\* =>
+Commands that only change looks: colours, then fonts and frames.
+    \\(?:text|page)?color(?:box)?\s*(?:\{\w+\}|\w+) =>
+    \\(?:text\w*|math(?!bb|cal)\w+|operatorname|\w*box)\s*\{([^{}]*)\} => _\1_
+    \\(?:bm|emph|boldsymbol|underline|[lL]arge)\s*\{([^{}]*)\} => _\1_
+Braces, quotes and markup around the answer, punctuation after it; words before it.
+    ^[\s*_`"':]+|[\s*_`"'.,;:\\]+$ =>
+    ^\{([^{}]*)\}$ => \1
+    (?i)^(?:(?:the\s)?(?:final\s)?answer(?:\sis|:)+|option|choice|an?(?=\s[a-z]))\s*(?=\S) =>
+    (?i)^(?:about|around|approximately|roughly|\\approx)\s*(?=\S) =>
+Base ten and degrees say nothing, nor do brackets around another base. "percent" is a sign.
+    _\{?10\}?$ =>
+    ^\(([\dA-F]+)\)(?=_) => \1
+    \s*(?:\^\s*(?:\{\s*(?:\\circ|o)\s*\}|\\circ)|\\degree)\s*[CFK]?\s*$ =>
+    \s*per\s?cent\b => \\%
+The mixed number 3 1/2; 3 out of 4; 2 to 3.
+    ^([-+]?\d+)\s+(\d+)\s*/\s*(\d+)\b => \1\\frac{\2}{\3}
+    ^(\d+)\s+out\sof\s+(\d+)$ => \1/\2
+    ^(\d+)\s+to\s+(\d+)$ => \1:\2
+Words in brackets after a number, and units: 15 cm^2, 60 miles per hour, 5 [cm], 12.5/hour.
+    ^(<VALUE>.*?)\s*[(\[][A-Za-z\s]+[)\]]$ => \1
+    ^(<VALUE>(?::\d\d)?)\s*(?!<OTHER>)<UNIT>$ => \1
+Python's exponent 1.5e3, and pi without a backslash.
+    ^([-+]?[\d.]+)[eE]([-+]?\d{1,3})$ => \1\\times_10^{\2}
+    (?<=\d)pi\b => \\pi
+    \s+ => _
+Separators of thousands: 1,234,567.5 or 1 234 567.5; in India 12,34,567.
+    (?<=\d)[,\s'_](?=(?:\d{2,3}[,\s'_])*\d{3}(?:\.\d+)?$) =>
+A repeating decimal gets more digits than are compared.
+    (?<=\d)(\.\d*)\\overline\{(\d+)\} => \1\2\2\2\2\2\2\2\2
+Number words, as in 2.5 million dollars, but not in 3 thousand five.
+    ^(<NUMBER>)\s*(?:k|thousand)s?(?:\s[a-z]+s)?$ => \1_\\times_10^{3}
+    ^(<NUMBER>)\s*millions?(?:\s[a-z]+s)?$ => \1_\\times_10^{6}
+    ^(<NUMBER>)\s*billions?(?:\s[a-z]+s)?$ => \1_\\times_10^{9}
+    ^(<NUMBER>)\s*dozens?(?:\s[a-z]+s)?$ => \1_\\times_12
+"""
+
+
+def _expand(text):
+    return re.sub("<([A-Z]+)>", lambda match: _expand(_PARTS[match[1]]), text)
+
+
+def _read(table):
+    rules = []
+    for line in table.split("\n"):
+        pattern, arrow, new = line.strip().partition(" =>")
+        if arrow:
+            rules.append((re.compile(pattern), new.strip().replace("_", " ")))
+    return rules
+
+
+_COMPILED = _read(_expand(_RULES))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -269,43 +310,22 @@ def normalise_answer(text):
     text = re.sub("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", r"^{\g<0>}", text)
     text = re.sub("[¼-¾⅐-⅞]", r" \g<0> ", text)
     text = unicodedata.normalize("NFKC", text)
-    text = re.sub(r"√\s*(\w+|\([^()]*\))", r"\\sqrt{\1}", text).translate(_SYMBOLS)
-    for pattern, new in _RULES.items():
-        text = re.sub(pattern, new, text)
-    text = text.strip()
-    text = re.sub(r"(\d+)\.(\d*)\\overline\{(\d+)\}", _repeating, text)
-    if re.fullmatch(_SEPARATED, text):
-        text = re.sub("[, ]", "", text)
-    if named := re.fullmatch(_NAMED, text):
-        number, word = named.groups()
-        factor = f"10^{{{_ZEROS[word]}}}" if word in _ZEROS else "12"
-        text = f"{number} \\times {factor}"
-    return text
-
-
-def _repeating(match):
-    """0.1\\overline{6} as a fraction: (16 - 1) / 90."""
-    whole, start, period = match.groups()
-    numerator = int(whole + start + period) - int(whole + start)
-    return f"\\frac{{{numerator}}}{{{'9' * len(period)}{'0' * len(start)}}}"
+    for pattern, new in _COMPILED:
+        text = pattern.sub(new, text)
+    return text.strip()
 
 
 # ------------------------------------------------------------------------------------- comparing
 
 # What names a value: x =, x_1 =, \theta =, f(2) =, f^{-1}(x) =.
-_NAME = (r"(?:^|(?<=, )|(?<=,))(?:\\?[A-Za-z]\w*(?:_\{\w+\})?(?:\^\{-1\})?(?:\([^()]*\))?"
+_NAME = (r"(?:^|(?<=, )|(?<=,)|(?<=and ))(?:\\?[A-Za-z]\w*(?:_\{\w+\})?(?:\^\{-1\})?(?:\([^()]*\))?"
          r"|\([a-z](?:,\s*[a-z])*\))\s*=\s*")
-_DOTS = r"\\[lc]?dots|\.{3}"
 # A choice, perhaps with its value: C, (C), (C) 12, C. 12; but not "A and B".
 _CHOICE = r"\(?([A-Z])(?:\)|[.:]|$)\s*((?!.*(?:\b[A-Z]\b|\band\b|\bor\b)).*)"
 # A word, but the name of a function.
-_WORD = (r"(?<![\\A-Za-z])(?!(?:arc)?(?:sin|cos|tan|cot|sec|csc)|log|exp|max|min|mod|gcd|lcm|sqrt|and|.?matrix"
-         r"|pi\b)[A-Za-z]{3,}")
+_WORD = (r"(?<![\\A-Za-z])(?!(?:arc)?(?:sin|cos|tan|cot|sec|csc)|log|exp|max|min|mod|gcd|lcm|sqrt"
+         r"|and|.?matrix|pi\b)[A-Za-z]{3,}")
 _INTEGER = r"[-+]?\d{1,100}"                            # int() refuses thousands of digits
-# What math-verify drops because it takes it for a unit, and so finds a number equal to more than a
-# number: tonnes and at-bats, "3 halves", an inequality, the minutes after the hours.
-_MORE_THAN_A_NUMBER = (rf"\d(?:t|ab)$|\d\s*(?:\\text\{{\s*)?{_NO_UNIT}|^(?:[<>]|\\[lg]eq?\b)"
-                       r"|\d\s*\\text\{[^{}]*[A-Za-z][^{}]*\}[^\d^]*\d")
 
 
 def _align(a, b):
@@ -317,19 +337,25 @@ def _align(a, b):
         if named > 1:
             a, b = _ordered(a), _ordered(b)
     # math-verify skips dots. As a term of their own they stay in their place.
-    if re.search(_DOTS, a + b):
-        a, b = (_ordered(re.sub(_DOTS, r"\\omega_{0}", text)) for text in (a, b))
-    # A choice with its value, "(C) 12", is what the gold answer is: a letter or the value.
-    if (choice := re.fullmatch(_CHOICE, a)) and not re.fullmatch(_CHOICE, b):
-        a = choice[2] or a
-    return a, b
+    if "\\ldots" in a + b:
+        a, b = (_ordered(text.replace("\\ldots", "\\omega_{0}")) for text in (a, b))
+    # Of a choice with its value, "(C) 12", that counts which the gold answer is.
+    chosen, wanted = (re.fullmatch(_CHOICE, text) for text in (a, b))
+    if chosen:
+        a = chosen[1] if wanted else chosen[2] or a
+    return a, wanted[1] if wanted else b
+
+
+def _ordered(text):
+    """Several things as a tuple."""
+    return text if re.match(r"[(\[]|\\\{", text) else f"({text})"
 
 
 def _compare(a, b):
     """(verdict, reason) where the normal forms decide; None where math-verify has to."""
     if not a:
         return False, "no answer"
-    plain, wanted = (re.sub(r"\s", "", text).rstrip("\\%") for text in (a, b))
+    plain, wanted = (re.sub(r"(?<!\d)\s|\s(?!\d)", "", t).rstrip("\\%") for t in (a, b))
     # A per cent sign may be left out; whether 50% is 0.5 is for math-verify to say.
     if plain == wanted:
         return True, "same text"
@@ -338,62 +364,26 @@ def _compare(a, b):
         return same, "same integer" if same else "different integer"
     if len(a) > 1000:
         return False, "too long for an answer"
-    if wants := re.fullmatch(_CHOICE, b):               # the gold answer is C or (C)
-        choice = re.fullmatch(_CHOICE, a) or re.fullmatch("([a-z])()", plain)
-        same = bool(choice) and choice[1].upper() == wants[1]
+    if re.fullmatch("[A-Z]", b):
+        same = a.upper() == b
         return same, "same choice" if same else "different choice"
     # Words are no product of their letters, as they are to math-verify.
-    words = [[word.lower() for word in re.findall(_WORD, text)] for text in (a, b)]
-    if any(words):
-        same = [word.removesuffix("s") for word in words[0]] == [
-            word.removesuffix("s") for word in words[1]]
-        same = same and not re.search(r"\d", a + b)
-        return same, "same words" if same else "different words"
-
-    # What follows is where math-verify would find answers equal that are not.
-    if re.fullmatch("[a-z][A-Z]", wanted + plain):      # E for e: it ignores case
-        return False, "different letter"
-    if re.fullmatch(_NUMBER, b) and "," not in b and re.search(_MORE_THAN_A_NUMBER, a):
-        return False, "more than a number"
-    if _base(a) and _base(a) != _base(b):               # it drops what is written below
-        return False, "different base"
-    if "=" in b and "=" not in a:                       # it would take the right side for a value
-        return False, "an equation is no value"
-    # It does not tell the tuple (1,2) from the numbers 1,2 or the set \{1,2\}.
-    if {"tuple", "collection"} == {_kind(a), _kind(b)}:
-        return False, "a tuple has an order"
+    if re.search(_WORD, f"{a} {b}"):
+        singular, wanted = (re.sub(r"s\b|[\s.,'-]", "", text.lower()) for text in (a, b))
+        return singular == wanted, "compared as words"
     return None
-
-
-def _base(text):
-    """The base of a number such as 52_8 or 1A_{16}, as text, or None."""
-    number = re.fullmatch(r"[\dA-F]+_\{?(\d+)\}?", text)
-    return number and number[1]
-
-
-def _ordered(text):
-    """Several things as a tuple."""
-    return f"({text})" if _kind(text) == "collection" else text
-
-
-def _kind(text):
-    """Of several things: a "tuple" in parentheses, an unordered "collection", or None = unclear."""
-    if "," not in text or "=" in text:
-        return None
-    if re.fullmatch(r"\([^()]*\)", text):
-        return "tuple"
-    return None if re.search(r"[(\[]", text) else "collection"
 
 
 # A worker is a process of its own that compares one pair a line: sympy, which math-verify uses, can
 # hang or eat the memory, and math-verify's own time limit works in the main thread only.
 _GRADER = r"""
-import json, logging, os, resource, signal, sys
+import json, logging, os, re, resource, signal, sys
 out, sys.stdout = sys.stdout, sys.stderr                # what libraries print is no verdict
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 logging.disable(logging.WARNING)
 from math_verify import parse, verify
-from sympy import (Eq, Expr, FiniteSet, Float, Interval, N, Tuple, false, nan, oo, true, zoo)
+from sympy import Eq, Expr, FiniteSet, Float, Interval, N, Tuple, false, nan, oo, true, zoo
+from sympy.core.relational import Relational
 
 # For sympy oo^9 - 17 is zero now and then, depending on what it has seen before.
 def infinite(parsed):
@@ -417,20 +407,37 @@ def close(x, y):
     limit = 5e-6 if x.has(Float) or y.has(Float) else 1e-20
     return all(p == q or abs(p - q) <= limit * abs(q) for p, q in zip(ours, theirs))
 
-# Of an equation its right side is taken. It is the value only where a name stands on the left, or
-# the same number.
+# Of an equation its right side is taken. It is a value where a name or the same number is on its
+# left. Other relations are none.
 def is_value(x):
-    return not isinstance(x, Eq) or x.lhs.is_Symbol or (x.lhs - x.rhs).doit().is_zero
+    equal = isinstance(x, Eq) and (x.lhs.is_Symbol or (x.lhs - x.rhs).doit().is_zero)
+    return equal or not isinstance(x, Relational)
+
+# What is in a tuple has an order; 1, 2 and \{1, 2\} have none.
+def same_kind(x, y):
+    kinds = isinstance(x, FiniteSet), isinstance(y, FiniteSet)
+    return kinds[0] == kinds[1] or not isinstance(x if kinds[1] else y, (Tuple, Interval))
+
+# math-verify ignores case, as in e and E, a relation without a left side, what is written below,
+# as a base, and two letters behind a number, for it takes them for tonnes and at-bats.
+def skipped(answer, gold):
+    base = re.fullmatch(r"[\dA-F]+_\{?(\d+)\}?", answer)
+    return (re.fullmatch("[a-z][A-Z]", gold + answer) or base and base[1] not in gold
+            or re.search(r"\d(?:t|ab)$", answer) and not re.search("[a-z]", gold)
+            or bool(re.match(_RELATION, answer)) != bool(re.match(_RELATION, gold)))
+_RELATION = r"[<>]|\\[lg]eq?\b"
 
 print("ready", file=out, flush=True)
 for line in sys.stdin:
     signal.alarm(60)                                    # ends it where its parent is dead
     try:
-        gold, answer = (parse("\\boxed{%s}" % x, parsing_timeout=None) for x in json.loads(line))
-        result = (bool(answer and gold) and infinite(answer) == infinite(gold)
+        texts = json.loads(line)
+        gold, answer = (parse("\\boxed{%s}" % x, parsing_timeout=None) for x in texts)
+        result = (bool(answer and gold) and not skipped(texts[1], texts[0])
+                  and infinite(answer) == infinite(gold)
                   and verify(gold, answer, timeout_seconds=None)
-                  and close(answer[0], gold[0])
-                  and (isinstance(gold[0], Eq) or is_value(answer[0])))
+                  and close(answer[0], gold[0]) and same_kind(answer[0], gold[0])
+                  and is_value(answer[0]) == is_value(gold[0]))
     except MemoryError:
         os._exit(3)
     except Exception:
@@ -632,3 +639,7 @@ def evaluate(engine, tokenizer, held_out, sampling, samples, seed):
     for key in ("temperature", "top_p", "top_k", "max_new_tokens"):
         summary[key] = getattr(sampling, key)
     return summary, records
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
