@@ -3,6 +3,7 @@ The grader against what fools others: real gold answers, every notation, hostile
 that hang or die.
 """
 
+import json
 import os
 import random
 import subprocess
@@ -369,3 +370,130 @@ def test_without_math_verify(monkeypatch):
     monkeypatch.setattr(grade, "_graders", grade.queue.SimpleQueue())
     with pytest.raises(utils.UserError, match="grading needs math-verify"):
         grade.grade("\\boxed{x}", "y+1")
+
+
+# ----------------------------------------------------------------------------- kinds of notation
+
+# (answer, gold): what a policy would find and farm if it were right.
+DIFFERENT = [
+    ("not 5", "5"), ("5 or 6", "5"), ("5, 6", "5"), ("5x", "5"), ("5i", "5"), ("5!", "5"),
+    ("5^2", "5"), ("-5", "5"), (r"5 \times 10^3", "5"), ("5/6", "5"), ("5 apples or 6", "5"),
+    (r"5 \pm 1", "5"), ("more than 5", "5"), (r"\geq 5", "5"), ("5+", "5"), ("5 and 7", "5"),
+    ("x>5", "5"), (r"5\text{ or }6", "5"), ("5k", "5"), ("5 million", "5"), (r"50\%", "50.5"),
+    ("live", "evil"), ("even", "odd"), ("not even", "even"), ("(1,2)", "(2,1)"), ("[1,2]", "(1,2)"),
+    ("(1,2]", "(1,2)"), (r"\{1,2\}", "(1,2)"), ("1,2,3", "1,2"), ("A, B", "A"), ("A and B", "A"),
+    ("B", "A"), ("(A) or (B)", "A"), (r"\frac{1}{3}", "0.3"), ("0.33", "1/3"), ("3.14", r"\pi"),
+    ("10^{10}", "10^{9}"), ("2^{100}", "2^{100}+1"), ("1_2", "1_3"), ("101_2", "101"),
+    ("1:30", "1:31"), ("5 a.m.", "5 p.m."), ("10:30 a.m.", "10:30 p.m."), ("x=1,y=2", "x=2,y=1"),
+    ("x=5", "y=5"), ("a=1, b=2", "2, 1"), ("1,000", "1"), ("1.000", "1000"), (r"\sqrt{2}", "2"),
+    (r"\sqrt2", r"\sqrt3"), ("x+1", "x"), (r"\text{no solution}", "0"),
+    ("0", r"\text{no solution}"), (r"\infty", r"-\infty"), ("2 halves", "2"), ("3 squared", "3"),
+    ("5 feet 6 inches", "5"), ("5 minutes 30 seconds", "5"), ("1 hour 5 minutes", "1"),
+    ("2 dozen", "2"), ("5 less than x", "5"), ("5 over 6", "5"), (r"0.1\overline{6}", "0.16"),
+    ("5 times n", "5"), ("x = 5 or x = 6", "5"), (r"5 \text{ and } 6", "5"),
+    (r"5 \text{ is wrong}", "5"), ("5 (not 6)", "5"), ("5 (or 6)", "5"), ("5 [or 6]", "5"),
+    ("7 if x = 2", "7"), (r"\text{5 or 6}", "5"), ("1...9", "1"), ("1, 2, ...", "1, 2"),
+    (r"1, 2, \ldots", "1, 2"), ("2n", "2"), ("2 N", "2n"), ("3a", "3"), ("3 a", "3"), ("3m", "3n"),
+    ("y=x+1", "y=x+2"), ("x^2=25", "x=25"), ("C", "c"), ("(C) 12", "13"), ("(C) 12", "D"),
+    ("C. 12", "12.5"), ("12 or 13", "12"), (r"1\frac{1}{2}", r"\frac{11}{2}"), ("1 1/2", "11/2"),
+    (r"\emptyset", "0"), (r"\{\}", "0"), ("1e-9", "1e-8"), ("1.6e-19", "9e-19"),
+    (r"\frac{10^{-9}}{1}", "0"), ("0.0000001", "0"), ("10^{-30}", "10^{-31}"),
+    (r"\{10^{-9}, 1\}", r"\{10^{-8}, 1\}"), ("(10^{-9},1)", "(0,1)"),
+    (r"\begin{pmatrix}10^{-9}\end{pmatrix}", r"\begin{pmatrix}10^{-8}\end{pmatrix}"),
+    ("10^{-9}x", "10^{-8}x"), ("x+10^{-9}", "x"), (r"5\text{ }6", "56"), ("5 6", "56"),
+    ("5 and a half", "5"), ("five", "6"), ("1 out of 5", "1/6"), ("2 to 3", "2/4"),
+    ("sin x", "cos x"), (r"\sin x", r"\sin y"), ("f(x)=x", "g(y)=y"), ("4 or more", "4"),
+    ("at least 4", "4"), ("about 5", "6"), ("approximately 5.2", "5"), ("answer 5 6", "5"),
+]
+# (answer, gold) in notations of one kind each.
+SAME = [
+    ("5", "5.0"), ("5 apples", "5"), ("five", "five"), (r"\text{Yes}", "yes"), ("x=5", "5"),
+    ("5", "x = 5"), ("{5}", "5"), ("$5$", "5"), ("5.00", "5"), ("1/2", "0.5"),
+    (r"\dfrac12", r"\frac{1}{2}"), ("2 hours", "2"), ("60 mph", "60"), ("18 ft^3", "18"),
+    ("18 cubic feet", "18"), (r"3 \text{ meters per second}", "3"), ("9.8 m/s^2", "9.8"),
+    (r"9.8\,\mathrm{m/s^2}", "9.8"), (r"\$1,234.50", "1234.5"), ("1 234 567", "1234567"),
+    ("12,34,567", "1234567"), (r"\frac{3}{4}\text{ cup}", "3/4"),
+    (r"3\sqrt{2}\text{ cm}", r"3\sqrt{2}"), ("(A)", "A"), (r"\text{A}", "A"),
+    (r"\textbf{(A)}\ 5", "A"), (r"\text{(A) 5}", "5"), ("a", "A"), ("A.", "A"), ("2π", r"2\pi"),
+    ("x ∈ [0,1]", "[0,1]"), (r"x\in[0,1]", "[0,1]"), ("[0,1]", r"x\in[0,1]"),
+    ("√3/2", r"\frac{\sqrt{3}}{2}"), ("½", "0.5"), ("2½", "2.5"), ("x²+1", "x^2+1"),
+    ("10⁻³", "0.001"), ("−5", "-5"), (r"\left(1,2\right)", "(1,2)"), ("3:4", "3:4"),
+    (r"90^\circ", "90"), ("90°", "90"), (r"0.\overline{3}", "1/3"), (".5", "1/2"),
+    ("1.5e3", "1500"), (r"1.5 \times 10^3", "1500"), ("25 percent", "25"), (r"25\%", "25"),
+    (r"\boxed{7}", "7"), ("5 dollars", "5"), ("5 USD", "5"), ("€5", "5"), ("N=5", "5"),
+    (r"\theta = 30^\circ", "30"), ("P(A) = 1/2", "0.5"), (r"\mathbf{5}", "5"),
+    (r"\color{red}{5}", "5"), (r"\textcolor{red}{5}", "5"), (r"\underline{5}", "5"), ("5 km", "5"),
+    ("5km", "5"), (r"5\ \text{kg}", "5"), ("10 kg/m^3", "10"), ("7 days", "7"),
+    (r"\text{7 days}", "7"), ("2 people", "2"), ("approximately 3.5", "3.5"),
+    ("x = 2, x = 3", "2, 3"), ("x=2 or x=3", "2,3"), ("2 and 3", "2,3"), (r"\{2,3\}", "3,2"),
+    (r"\pm 2", "2,-2"), (r"x=\pm 2", r"\pm 2"), ("y=2x+3", "2x+3"), ("1+2i", "2i+1"),
+    ("16_{10}", "16"), ("FF_{16}", "FF_{16}"), ("２５", "25"), ("7 units", "7"),
+    ("7 square units", "7"), (r"24\pi\text{ cubic inches}", r"24\pi"), (r"\frac{1}{2}x", "x/2"),
+    ("1 million", "1000000"), ("2.5 million", "2500000"), ("45 minutes", "45"), ("30 mins", "30"),
+    ("$0.50", "0.5"), ("50 cents", "50"), ("100 people", "100"), (r"\text{Tuesday}", "Tuesday"),
+    ("12 eggs left", "12"), ("12 more", "12"), ("an ellipse", "ellipse"),
+    ("No solutions", "no solution"),
+]
+
+
+def boxed(pairs):
+    return grade.grade_all([(f"So it is $\\boxed{{{answer}}}$.", gold) for answer, gold in pairs])
+
+
+def test_different_answers_are_never_right():
+    found = zip(DIFFERENT, boxed(DIFFERENT), strict=True)
+    assert [pair for pair, (verdict, _) in found if verdict is not False] == []
+
+
+def test_other_notations_are_right():
+    found = zip(SAME, boxed(SAME), strict=True)
+    assert [(pair, why) for pair, (verdict, why) in found if verdict is not True] == []
+
+
+def test_properties():
+    """
+    A normal form is its own. Equality has no sides, but where the gold answer is a choice or has a
+    base. No verdict depends on what was graded before.
+    """
+    pairs = DIFFERENT + SAME
+    texts = {text for pair in pairs for text in pair}
+    forms = {grade.normalise_answer(text) for text in texts}
+    assert {form: grade.normalise_answer(form) for form in forms} == {form: form for form in forms}
+    verdicts = [verdict for verdict, _ in boxed(pairs)]
+    swapped = [verdict for verdict, _ in boxed([pair[::-1] for pair in pairs])]
+    sided = [pair for pair, x, y in zip(pairs, verdicts, swapped) if x != y]
+    assert sided == [("101_2", "101"), ("C", "c"), (r"\text{(A) 5}", "5"), ("a", "A")]
+    assert [verdict for verdict, _ in boxed(pairs[::-1])] == verdicts[::-1]
+
+
+@pytest.mark.parametrize("response, answer", [
+    ("<think>maybe \\boxed{7}? no.</think>\nThe answer is 8.", "8"),
+    ("<think>\\boxed{7}</think>\nI am done.", "7"),
+    ("The box is \\boxed{6}. Wait. \\boxed{}", None), ("\\boxed{5} hmm, so \\boxed{", None),
+    ("The answer is 10. I know where the answer is not given", "10"),
+    ("The answer is 72, in total, so he earns that.", "72"),
+    ("The answer is 3, 5 and 7.", "3, 5 and 7"),
+    ("the answer is x = 3, y = 4", "x = 3, y = 4"), ("The answer is 8 (eight).", "8"),
+    ("**Answer: 25%** of the class", "25%"), ("### Final Answer:\n- 8", "8"),
+    ("<answer> 5 </answer> is it", "5"), ("\x08oxed{5}", "5")])
+def test_where_the_answer_is(response, answer):
+    found = grade.extract_answer(response)
+    assert (found and found.strip()) == answer
+
+
+def test_terminal(tmp_path, capsys):
+    grade.main([r"It is \boxed{\frac{3}{6}\text{ cups}}.", "1/2"])
+    printed = capsys.readouterr().out
+    assert r"normal form '\\frac{3}{6}'; gold '1/2'" in printed
+    assert "True: equal for math-verify" in printed
+    records = [{"response": "\\boxed{5}", "answer": "5", "correct": True},
+               {"response": "\\boxed{6}", "answer": "5", "correct": True}]
+    path = tmp_path / "samples.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    before = path.read_text()
+    grade.main(["--regrade", str(tmp_path)])
+    line, = capsys.readouterr().out.splitlines()
+    assert "'6'" in line and "False: different integer; before: True" in line
+    assert path.read_text() == before
+    with pytest.raises(SystemExit, match="error: two arguments are needed, 1 were given"):
+        grade.main(["5"])
