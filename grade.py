@@ -201,10 +201,12 @@ _PARTS = {
     "PART": r"\s*(?:\{[^{}]*\}|\d)",
     # What a unit may follow: a number, a product, power or quotient of numbers.
     "VALUE": r"<NUMBER>(?:(?:/|\*|\s*\\(?:times|cdot)\s*)<NUMBER>)?(?:\^\{?-?\d+\}?)?(?:\\pi)?",
-    # Short units, or words behind a space; then more words; then a power: ^2 or ^{2}.
-    "UNIT": r"(?:\\mu\s*|/\s*)?(?:<SHORT>(?![A-Za-z])|\\Omega|(?<=[\s/])[A-Za-z]{3,}\b)"
-            r"(?!.*\b(?:and|or|not)\b)[\sA-Za-z./-]*(?:(?<=[A-Za-z])\d|\^\s*\{?\d\}?)?",
-    "SHORT": r"(?:[kcmnu]?[mgslLNVAJW]|[KCFT]|[kM]?Hz|k?Pa|of|in|ft|yd|oz|lb|mi|hr?)",
+    # Short units, fractions of units, words behind a space; then more of them, and powers.
+    "UNIT": r"(?:\\mu\s*|/\s*)?(?:<SHORT>(?![A-Za-z])|\\Omega|\\frac<WORDS><WORDS>"
+            r"|(?<=[\s/])[A-Za-z]{3,}\b)(?!.*\b(?:and|or|not)\b)"
+            r"(?:[\sA-Za-z./-]|\\cdot|\^\s*\{?-?\d\}?|(?<=[A-Za-z])\d$)*",
+    "WORDS": r"\s*\{[A-Za-z\s]+\}",
+    "SHORT": r"(?:[kcmnu]?[mgslLNVAJW]|[KCFT]|[kM]?Hz|k?Pa|of|in|ft|sq|yd|oz|lb|mi|hr?)",
     # Words after a number that are no unit: "3 halves", "3 squared", "3 less than x".
     "OTHER": r"(?:(?:k|hundred|thousand|[mbtr]+illion|dozen)s?|half|halves|thirds?|quarters?"
              r"|(?:four|fif|six|seven|eigh|nin|ten)ths?|squared|cubed|factorial|plus|minus"
@@ -254,7 +256,8 @@ Commands that only change looks: colours, then fonts and frames.
 Braces, quotes and markup around the answer, punctuation after it; words before it.
     ^[\s*_`"':]+|[\s*_`"'.,;:\\]+$ =>
     ^\{([^{}]*)\}$ => \1
-    (?i)^(?:(?:the\s)?(?:final\s)?answer(?:\sis|:)+|option|choice|an?(?=\s[a-z]))\s*(?=\S) =>
+    (?i)^(?:(?:the\s)?(?:final\s)?answer(?:\sis|:)+|option|choice)\s*(?=\S) =>
+    ^an?\s(?=[a-z]{2}) =>
     (?i)^(?:about|around|approximately|roughly|\\approx)\s*(?=\S) =>
 Base ten and degrees say nothing, nor do brackets around another base. "percent" is a sign.
     _\{?10\}?$ =>
@@ -275,7 +278,7 @@ Python's exponent 1.5e3, and pi without a backslash.
 Separators of thousands: 1,234,567.5 or 1 234 567.5; in India 12,34,567.
     (?<=\d)[,\s'_](?=(?:\d{2,3}[,\s'_])*\d{3}(?:\.\d+)?$) =>
 A repeating decimal gets more digits than are compared.
-    (?<=\d)(\.\d*)\\overline\{(\d+)\} => \1\2\2\2\2\2\2\2\2
+    (?<=\d)(\.\d*)\\(?:overline|bar)\{(\d+)\} => \1\2\2\2\2\2\2\2\2
 Number words, as in 2.5 million dollars, but not in 3 thousand five.
     ^(<NUMBER>)\s*(?:k|thousand)s?(?:\s[a-z]+s)?$ => \1_\\times_10^{3}
     ^(<NUMBER>)\s*millions?(?:\s[a-z]+s)?$ => \1_\\times_10^{6}
@@ -365,7 +368,7 @@ def _compare(a, b):
     if len(a) > 1000:
         return False, "too long for an answer"
     if re.fullmatch("[A-Z]", b):
-        same = a.upper() == b
+        same = a.strip("()").upper() == b
         return same, "same choice" if same else "different choice"
     # Words are no product of their letters, as they are to math-verify.
     if re.search(_WORD, f"{a} {b}"):
@@ -398,13 +401,13 @@ def values(x):
         return sorted(found) if sort else found
     return [N(x.doit(), 30)] if isinstance(x, Expr) and not x.free_symbols else None
 
-# math-verify compares to six decimals, so 2^-60 is 2^-61 to it. A decimal stands for a number with
-# which it has six digits in common.
+# math-verify compares to six decimals, so 2^-60 is 2^-61 to it. A decimal stands for a number that
+# is none, with which it has six digits in common.
 def close(x, y):
     ours, theirs = values(x), values(y)
     if ours is None or theirs is None or len(ours) != len(theirs):
         return True
-    limit = 5e-6 if x.has(Float) or y.has(Float) else 1e-20
+    limit = {0: 1e-20, 1: 5e-6, 2: 1e-12}[x.has(Float) + y.has(Float)]
     return all(p == q or abs(p - q) <= limit * abs(q) for p, q in zip(ours, theirs))
 
 # Of an equation its right side is taken. It is a value where a name or the same number is on its
