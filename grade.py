@@ -216,46 +216,36 @@ _PARTS = {
 # What is written => what stands for it, in this order: a rule relies on those before it. <...> is
 # one of the patterns above, and _ a space.
 _RULES = r"""
-Signs that have a command; "~" is a space in LaTeX.
+Signs that math-verify does not read; "~" is a space in LaTeX.
     [−–] => -
     [÷⁄∕] => /
-    × => \\times_
     · => \\cdot_
     ° => ^\\circ_
     ∞ => \\infty_
-    π => \\pi_
-    ≤ => \\le_
-    ≥ => \\ge_
-    ≠ => \\ne_
     ≈ => \\approx_
-    ± => \\pm_
     ∪ => \\cup_
     ∩ => \\cap_
     ∈ => \\in_
     ∅|\\varnothing => \\emptyset_
     √\s*(\w+|\([^()]*\)) => \\sqrt{\1}
     ~ => _
-Currencies; LaTeX's brackets \( \) \[ \], its \! and sizes of brackets; a comma in braces.
+Currencies; LaTeX's brackets \( \) \[ \], its \! and sizes of brackets.
     (?:US)?\\?\$|USD\b|[£€¥₹¢] =>
     (?<!\\)\\(?:[][()!]|(?:left|right|[bB]ig+[lr]?|displaystyle)(?![A-Za-z])) =>
-    \{,\} => ,
 LaTeX's spaces.
     (?<!\\)\\(?:[,;:>\ ]|q?quad\b)|\{\s\} => _
 Dots; brackets of a vector.
     \.{3}|\\c?dots => \\ldots_
     \\langle => (
     \\rangle => )
-**bold**, Python's power x**2, asterisks without a partner.
-    (?<![\w)])\*\*(.+?)\*\* => \1
+Python's power x**2.
     (?<=[\w)])\*\*(?=[\w({-]) => ^
-    \*\* =>
 Commands that only change looks: colours, then fonts and frames.
     \\(?:text|page)?color(?:box)?\s*(?:\{\w+\}|\w+) =>
     \\(?:text\w*|math(?!bb|cal)\w+|operatorname|\w*box)\s*\{([^{}]*)\} => _\1_
     \\(?:bm|emph|boldsymbol|underline|[lL]arge)\s*\{([^{}]*)\} => _\1_
-Braces, quotes and markup around the answer, punctuation after it; words before it.
+Quotes and markup around the answer, punctuation after it; words before it.
     ^[\s*_`"':]+|[\s*_`"'.,;:\\]+$ =>
-    ^\{([^{}]*)\}$ => \1
     (?i)^(?:(?:the\s)?(?:final\s)?answer(?:\sis|:)+|option|choice)\s*(?=\S) =>
     ^an?\s(?=[a-z]{2}) =>
     (?i)^(?:about|around|approximately|roughly|\\approx)\s*(?=\S) =>
