@@ -1,6 +1,9 @@
 """
 Is an answer right, and how good is a model?
 
+    python grade.py 'so \\boxed{1/2}' 0.5                # what was found, compared, and the verdict
+    python grade.py --regrade out/eval                  # what grading its samples anew would change
+
 The first half finds the answer in a response and compares it with the reference answer of the
 problem, the "gold" answer. It needs no torch: `from grade import grade` works anywhere.
 The second half samples responses from a model, grades and measures them, and sums up: `evaluate`.
@@ -38,46 +41,20 @@ def grade_all(pairs, seconds=5.0):
     Equal texts and integers are decided here, all else by math-verify in worker processes. Raises
     UserError where math-verify is needed and cannot be imported.
     """
-    asked = []
-    for response, gold in pairs:
-        pair = extract_answer(response) or "", _last_box(gold) or gold
-        asked.append(pair if pair[0] == pair[1] else _align(*map(normalise_answer, pair)))
-    verdicts = {pair: _compare(*pair) for pair in asked}
-    undecided = [pair for pair, verdict in verdicts.items() if verdict is None]
-    if undecided:
-        with ThreadPoolExecutor(min(len(undecided), _workers())) as threads:
-            found = threads.map(lambda pair: _math_verify(*pair, seconds), undecided)
-            verdicts.update(zip(undecided, found))
-    return [verdicts[pair] for pair in asked]
+    results = [_compare(extract_answer(response) or "", _last_box(gold) or gold)
+               for response, gold in pairs]
+    undecided = list(dict.fromkeys(texts for verdict, texts in results if verdict is None))
+    with ThreadPoolExecutor(min(len(undecided), _workers()) or 1) as threads:
+        verdicts = threads.map(lambda texts: _math_verify(*texts, seconds), undecided)
+    compared = dict(zip(undecided, verdicts))
+    return [compared.get(reason, (verdict, reason)) for verdict, reason in results]
 
 
 def _workers():
     """The share of the machine's cores that this process may use: others may run under torchrun."""
-    if hasattr(os, "sched_getaffinity"):                # on Linux, where a container may have fewer
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)   # Linux: a container may have fewer cores
+    cores = len(affinity(0)) if affinity else os.cpu_count()
     return cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1
-
-
-def main(argv):
-    """
-    `grade.py RESPONSE GOLD` shows how a verdict comes about; `grade.py --regrade FOLDER` grades the
-    samples of eval_math.py again and shows what would change, without changing it.
-    """
-    if len(argv) != 2:
-        sys.exit(f"error: two arguments are needed, {len(argv)} were given\n{main.__doc__}")
-    records = [{"response": argv[0], "answer": argv[1]}]
-    if argv[0] == "--regrade":
-        from utils import read_lines
-
-        records = read_lines(f"{argv[1]}/samples.jsonl")
-    pairs = [(record["response"], record["answer"]) for record in records]
-    for record, (response, gold), (verdict, why) in zip(records, pairs, grade_all(pairs)):
-        if record.get("correct", "not yet") != verdict:
-            answer = extract_answer(response)
-            print(f"{answer!r}, in normal form {normalise_answer(answer or '')!r}; gold {gold!r}, "
-                  f"{normalise_answer(gold)!r}; {verdict}: {why}; before: {record.get('correct')}")
 
 
 def pass_at_k(n, correct, k):
@@ -92,69 +69,52 @@ def pass_at_k(n, correct, k):
 
 # ------------------------------------------------------------------------------ finding the answer
 
-# What JSON makes of \\b, \\f and \\v before the rest of a command, as in \\boxed.
-_EATEN = str.maketrans({"\b": "\\b", "\f": "\\f", "\v": "\\v"})
-
-
 def extract_answer(response):
     """
-    The text of the answer in a response, or None. What follows a model's thoughts counts before the
-    thoughts, and in each the first of these that there is:
+    The text of the answer in a response, or None. The first of these that there is, looked for from
+    the last <answer> on, else in what follows </think>, else in all before:
 
-    1. what is in the last \\boxed{} or \\fbox{}, nested braces included. Neighbouring boxes are one
-       answer: "\\boxed{3} and \\boxed{5}" is "3, 5". Where the last box is empty or has no end, an
-       answer was not given until there;
-    2. what is in the last <answer></answer>, or follows the last "####" that is no heading, as at
-       the end of GSM8K's solutions;
-    3. to the end of its sentence, what follows the last "answer is", "Answer:", "# Answer" or "A:"
-       behind which there is a value.
+    1. what is in the last \\boxed{} or \\fbox{}, nested braces included. Boxes joined by a comma,
+       "and" or "or" are one answer: "\\boxed{3} and \\boxed{5}" is "3, 5". Where the last box is
+       empty or never closed, no box counts, only what follows it;
+    2. the value after the last "answer is", "Answer:", "# Answer", "A:", <answer> or GSM8K's
+       "####" that a value follows.
     """
-    thoughts, _, rest = response.translate(_EATEN).rpartition("</think>")
-    return _find(rest) or _find(thoughts)
+    for text in reversed(re.split("</think>|(?=<answer>)", response)):
+        answer = _last_box(text) or _after_phrase(_BOX.split(text)[-1])
+        if answer or _BOX.search(text):
+            return answer
+    return None
 
 
-def _find(text):
-    if answer := _last_box(text):
-        return answer
-    rest = re.split(r"\\(?:boxed|fbox)\b", text)[-1]
-    # Behind the hashes of a heading, "#### Step 2: add", there is a word.
-    marked = r"(?s)<answer>(.*?)</answer>|(?<!#)####(?!#)(?![^\w\\]*[A-Za-z]{3})[^\S\n]*([^\n]+)"
-    found = ["".join(groups) for groups in re.findall(marked, rest)]
-    return found[-1] if found else _after_phrase(rest)
-
-
-# All that matters for finding where a box ends.
-_BOX_OR_BRACE = re.compile(r"""
-    (?P<open> (?P<box> \\(?:boxed|fbox)\s* )? \{ )         # \boxed{ or {
-  | \\(?:boxed|fbox)\s+ (?P<bare> [-+]?[\d.,/]*\d | [A-Z]\b )        # \boxed 5
-  | \\.                                                 # an escaped character: \{ is no brace
-  | (?P<close> \} )
-    """, re.VERBOSE | re.DOTALL)
+# \boxed{ or \boxed 5, also where a string of Python or JSON ate the head: \b is one sign there.
+_BOX = re.compile(r"(?:(?:\\b|\x08)oxed|(?:\\f|\x0c)box)\s*(?:\{|\s([-+]?[\d.,/]*\d|[A-Z]\b))")
+_BRACE = re.compile(r"(?<!\\)(?:\\\\)*([{}])")           # an escaped brace is none
 # What may stand between boxes that are one answer: a comma, "and", "or", and a name as in "x =".
-_BETWEEN = re.compile(r"\$?\s*(?:,|,?\s*(?:and|or)\b)\s*\$?(?:[A-Za-z]\s*=\s*)?")
+_BETWEEN = re.compile(
+    r"[\s$]*(?:[,;]|,?\s*(?:\\text\s*\{)?\s*(?:and|or)\b[\s}]*)[\s$]*(?:[A-Za-z]\s*=\s*)?")
 
 
-def _last_box(response):
-    boxes = []                                          # (start, end, content)
-    opened = []                                         # the braces that are open
-    for token in _BOX_OR_BRACE.finditer(response):
-        if token["open"]:
-            opened.append(token)
-        elif token["bare"]:
-            boxes.append((token.start(), token.end(), token["bare"]))
-        elif token["close"] and opened:
-            left = opened.pop()
-            if left["box"]:
-                boxes.append((left.start(), token.end(), response[left.end():token.start()]))
-    unfinished = any(left["box"] for left in opened)
-    if unfinished or not boxes or not max(boxes)[2].strip():
-        return None
-    boxes.sort()
-    start, _, answer = boxes.pop()
-    while boxes and _BETWEEN.fullmatch(response[boxes[-1][1]:start]):
-        start, _, before = boxes.pop()
-        answer = f"{before}, {answer}"
-    return answer
+def _last_box(text):
+    contents, after = [], len(text)                     # and where the boxes that count begin
+    for box in reversed(list(_BOX.finditer(text))):
+        end = box.end() if box[1] else _closing(text, box.end())
+        content = box[1] or text[box.end():end - 1]
+        if not content.strip() or contents and not _BETWEEN.fullmatch(text[end:after]):
+            break
+        contents.insert(0, content)
+        after = box.start()
+    return ", ".join(contents)
+
+
+def _closing(text, start):
+    """Where the brace ends that is open at `start`; `start` where it never does."""
+    depth = 1
+    for brace in _BRACE.finditer(text, start):
+        depth += 1 if brace[1] == "{" else -1
+        if not depth:
+            return brace.end()
+    return start
 
 
 _PHRASE = re.compile(r"""
@@ -165,132 +125,127 @@ _PHRASE = re.compile(r"""
   | ^\#+[ ]* (?:final[ ])? answer\b
     # the line "**Final answer**"
   | ^\** (?:final[ ])? answer \**$
-    # "A:", unless it is a choice or a person, beside "B:"
-  | ^A: (?! [\s\S]* ^B:)
+    # GSM8K's "#### 42", but not a heading "#### Step 2"
+  | (?<!\#)\#{4}(?!\#) (?![^\w\\\n]{0,20}[a-z]{3})
+    # a tag, and a line "A: 42" where no line "B: ..." says that A is a choice or a person
+  | <answer> | ^A: (?! .*\n (?:.*\n){0,9}? B:)
     """, re.VERBOSE | re.IGNORECASE | re.MULTILINE)
+# Before a value: colons, markup, the dash of a list's item, an opening of display mathematics.
+_OPENING = re.compile(r"[\s:*]*(?:(?<=\n)[-•]\s+)?[\s:*]*(?:\$\$|\\\[)?\s*")
+# After a value: the end of its sentence, of its line or of the bold face, or more words.
+_ENDING = re.compile(r"(?<!\\)[.!?]\s|\n|[.!?]?$|(?<=\S)\*\*(?!\w)|</answer>"
+                     r"|,\s+(?!and\b|or\b)[A-Za-z]{2,}|\s\([A-Za-z]{2,}"
+                     r"|(?:(?<=\S\$)|(?<=\\\)))\s+(?!and\b|or\b)[A-Za-z]")
+# Words before a number, as in "She makes $18".
+_WORDY = re.compile(r"(?:(?:[^A-Za-z\d\\]|\b[A-Za-z]{1,2}\b)*+[A-Za-z]{3,}+){2}[^\d\\]*+\d")
+# Words that are no value: more than three, or "not given", "it depends".
+_NO_VALUE = re.compile(r"(?:not|it|that|correct|right|wrong)\b|(?:[A-Za-z]{2,}\s+){3}|$")
 
 
-def _after_phrase(response):
-    ends = [match.end() for match in _PHRASE.finditer(response)]
-    sentences = [_sentence(response[end:end + 500]) for end in ends]
-    # "... where the answer is not given" comes after the answer; a word alone may be one, too.
-    values = [s for s in sentences if re.search(r"[\d\\$]|\b[A-Z]\b", s)]
-    return (values or sentences or [""])[-1] or None
-
-
-def _sentence(tail):
-    """The first sentence, or only the number in it where it is about one: "Janet makes $18"."""
-    tail = re.sub(r"^(?:[\s:*]|[-•]\s|\$\$|\\\[)+", "", tail)
-    # It ends with bold print, and at a comma or bracket with words behind it, but "and" and "or".
-    end = r"(?<!\\)[.!?](?:\s|$)|\n|$|(?<=\S)\*\*|(?:[,;]\s+|\s\()(?!and\b|or\b)[a-z]{2,}\b"
-    sentence = re.split(end, tail, maxsplit=1)[0]
-    # Where words come before the first number, the last number is the answer.
-    beginning = re.split(r"[\d\\]", sentence, maxsplit=1)[0]
-    if len(re.findall("[A-Za-z]{3,}", beginning)) >= 2:
-        numbers = re.findall(r"[-+]?\d[\d,./]*%?", sentence)
-        sentence = numbers[-1] if numbers else sentence
-    return sentence
+def _after_phrase(text):
+    for phrase in reversed(list(_PHRASE.finditer(text))):
+        start = _OPENING.match(text, phrase.end()).end()
+        value = _ENDING.split(text[start:start + 500], maxsplit=1)[0]
+        if _WORDY.match(value):
+            value = re.findall(r"[-+]?\d[\d,./]*%?", value)[-1]
+        if not _NO_VALUE.match(value):
+            return value
+    return None
 
 
 # ----------------------------------------------------------------------------- one way of writing
 
-# Patterns that the rules below have in common.
-_PARTS = {
-    # Digits with points and commas, then perhaps a fraction: -1,234.5 or 1\frac{4}{5} or \frac12.
-    "NUMBER": r"[-+]?(?:\d[\d.,]*|\.\d+)?(?:(?<=[\d.])|\\[dt]?frac<PART><PART>)",
-    "PART": r"\s*(?:\{[^{}]*\}|\d)",
-    # What a unit may follow: a number, a product, power or quotient of numbers.
-    "VALUE": r"<NUMBER>(?:(?:/|\*|\s*\\(?:times|cdot)\s*)<NUMBER>)?(?:\^\{?-?\d+\}?)?(?:\\pi)?",
-    # Short units, fractions of units, words behind a space; then more of them, and powers.
-    "UNIT": r"(?:\\mu\s*|/\s*)?(?:<SHORT>(?![A-Za-z])|\\Omega|\\frac<WORDS><WORDS>"
-            r"|(?<=[\s/])[A-Za-z]{3,}\b)(?!.*\b(?:and|or|not)\b)"
-            r"(?:[\sA-Za-z./-]|\\cdot|\^\s*\{?-?\d\}?|(?<=[A-Za-z])\d$)*",
-    "WORDS": r"\s*\{[A-Za-z\s]+\}",
-    "SHORT": r"(?:[kcmnu]?[mgslLNVAJW]|[KCFT]|[kM]?Hz|k?Pa|of|in|ft|sq|yd|oz|lb|mi|hr?)",
-    # Words after a number that are no unit: "3 halves", "3 squared", "3 less than x".
-    "OTHER": r"(?:(?:k|hundred|thousand|[mbtr]+illion|dozen)s?|half|halves|thirds?|quarters?"
-             r"|(?:four|fif|six|seven|eigh|nin|ten)ths?|squared|cubed|factorial|plus|minus"
-             r"|times(?= \S)|less than|more than|over|choose|out|to"
-             r"|sin|cos|tan|log|ln|sqrt|and|or|mod|if|where|for)\b",
+# Signs that Unicode's database doesn't explain: each with what LaTeX writes.
+_SIGNS = {ord(pair[0]): f"{pair[1:]} " for pair in (
+    r"–- −- ×\times ·\cdot ÷/ ⁄/ °^\circ ∞\infty √\sqrt ≤\le ≥\ge ≠\ne ≈\approx ±\pm ∪\cup "
+    r"∩\cap ∈\in ∅\emptyset").split()}
+# How it makes a sign of others: ², ₂, ½.
+_MADE = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": " %s "}
+
+
+def _latex(found):
+    """LaTeX, by Unicode's database, for a sign or raised ones: full-width, fractions, Greek."""
+    signs = found[0]
+    name = unicodedata.name(signs[0], "").lower()
+    if name.startswith("greek"):
+        return f"\\{name.split()[-1]} "
+    made = unicodedata.decomposition(signs[0]).split(" ")[0]
+    return _MADE.get(made, "%s") % unicodedata.normalize("NFKC", signs)
+
+
+# Words that change the value of the number before them: "3 halves", "3 plus y" hold no unit.
+_NO_UNIT = (
+    r"(?<![A-Za-z])(?:(?:(?:hundred|thousand|million|billion|trillion)(?:th)?|dozen|score|half"
+    r"|halve|third|quarter|(?:four|fif|six|seven|eigh|nin|ten)th)s?|squared|cubed|factorial|plus"
+    r"|minus|times(?=\s*\w)|less|more|over|below|negative|choose|and|or|mod|if|where|for|not|to"
+    r"|out|[knxyz]|(?<!\()(?:one|two|three|four|five|six|seven|eight|nine|ten))(?![A-Za-z])")
+# Numbers and what may be between them, up to a digit or a closing bracket.
+_VALUE = (r"(?:[-+\d.,/*^(){}: ]|\\(?:[dtc]?frac|sqrt|pi|times|cdot|%)(?![a-z]))*"
+          r"(?:[\d)}]|\\%|\\pi)")
+# A unit: a word, alone or behind a slash or in brackets, or what is short for one. Letters right
+# after a number are a product, as in 2t or 12ab, but for the most usual units.
+_UNIT = (
+    r"(?:\s*(?:/\s*)?(?!sin|cos|tan|log|sqrt|exp)[A-Za-z]{4,}|\s+(?:/\s*)?[A-Za-z]{3}"
+    r"|\s+[(\[][A-Za-z]{2}|\s*\\(?:mu|Omega)"
+    r"|\s+(?:[CFKLhl]|[kM]?(?:[NJWV]|Hz|Pa)|in|mi|sq|of|an?\s+[A-Za-z]{3,})(?![A-Za-z])"
+    r"|\s*(?:[kcm]?[mg]|s|m[lL]|k[NW]h?|[aApP]\.?[mM]|ft|yd|mph|lbs?|oz|hrs?|min|sec|st|nd|rd|th)"
+    r"(?![A-Za-z]))")
+
+# {what is written: what stands for it}, applied in this order: a rule relies on those before it.
+_RULES = {
+    # A command whose head was eaten by a string, as in _BOX.
+    r"\x0c(?=rac)": r"\\f",
+    # Money: a sign, or three capitals before the number.
+    r"(?:US|[A-Z]{3})?\s*\\?[$¢£¥₠-⃀]|\b(?:[A-Z]{3}|Rs\.?)\s*(?=\d)": "",
+    # Layout: brackets \( \) \[ \], their sizes, colours, fonts that last to the end.
+    r"(?<!\\)\\(?:[][()]|!\s*|[a-z]*color(?:box)?\s*(?:\{\w+\}|\w+)"
+    r"|(?:left|right|[bB]ig+[lr]?|[a-z]*style|[lL]arge|bf|rm|it)(?![A-Za-z]))": "",
+    # Any command that only changes the looks of its content.
+    r"\\(?:text|math(?!bb|cal)|[mhf]?box|bold|bm\b|under|emph)[a-z]*\s*"
+    r"\{((?:[^{}]|\{[^{}]*\})*)\}": r" \1 ",
+    # Spaces.
+    r"(?<!\\)\\(?:[,;:> ]|q?quad\b)|~|\{ \}|\s+": " ",
+    # Braces around everything or around a comma, which then has no space after it.
+    r"^\s*\{([^{}]*)\}\s*$|\{(,)\}| (?=[_^])": r"\1\2",
+    # Other ways to write the empty set, vectors, dots.
+    r"\\varnothing": r"\\emptyset",
+    r"\\langle(.*)\\rangle": r"(\1)",
+    r"\.{3,}|\\[cdl]?dots[a-z]*": r"\\ldots ",
+    # Python's power x**2; other pairs of asterisks are bold face.
+    r"(?<=[\w)])\*\*(?=[\w({-])": "^",
+    # Around the answer: markup, quotes, punctuation; that it is the answer, or nearly, or what it
+    # is nearly.
+    r"\*\*|^[\s*_`\"'“‘:=]+|[\s*_`\"'”’.,;:\\]+$|^(?i:(?:the )?(?:final )?answer(?: is|:)+"
+    r"|(?:about|around|roughly|approximately|nearly|\\approx|\\sim)(?![a-z]))"
+    r"|(?<=[\d}])\s*\\(?:approx|sim)(?![a-z]).*": "",
+    # Several answers; a ratio; a name and its value.
+    r"(?:,\s*)?(?<![A-Za-z])(?:and|or)(?![A-Za-z])|;": ",",
+    r"^(\d+) (?:to|out of) (\d+)$": r"\1:\2",
+    r"\\(?:approx|sim|equiv|in)(?![a-z])": "=",
+    # "percent" is a sign; degrees and base ten say nothing; a base is in braces.
+    r"\s*per ?cent\b|(?<!\\)%": r"\\%",
+    r"\s*(?:\^\s*(?:\{\s*(?:\\circ|o|st|nd|rd|th)\s*\}|\\circ)|\\degree)|_\{?(?:10|ten)\}?$": " ",
+    r"^\(?([\dA-F]+)\)?_\{?\s*(\w+)\s*\}?$": r"\1_{\2}",
+    # The mixed number 3 1/2, exponents as in 1.5e3 and 10^-5, functions without a backslash.
+    r"(?<![\d.,])(\d+)\s+(\d+)\s*/\s*(\d+)\b": r"\1\\frac{\2}{\3}",
+    r"(?<=\d)[eE]([-+]?\d{1,3})(?![\w.])": r"\\times 10^{\1}",
+    r"\^([-+]?\d+)": r"^{\1}",
+    r"(?<![\\A-Za-z])(sqrt|pi|(?:arc)?(?:sin|cos|tan)|log|ln)(?![A-Za-z])": r"\\\1",
+    r"\\sqrt\s*(?:\(([^()]*)\)|(\d+))": r"\\sqrt{\1\2}",
+    # Number words.
+    r"(?<=[\d}])\s*dozens?(?![a-z])": r" \\times 12",
+    r"(?<=[\d}])\s*hundreds?(?![a-z])": r" \\times 10^{2}",
+    r"(?<=[\d}])\s*thousands?(?![a-z])|(?<=^\d)k$|(?<=^\d\d)k$": r" \\times 10^{3}",
+    r"(?<=[\d}])\s*millions?(?![a-z])": r" \\times 10^{6}",
+    r"(?<=[\d}])\s*billions?(?![a-z])": r" \\times 10^{9}",
+    r"(?<=[\d}])\s*trillions?(?![a-z])": r" \\times 10^{12}",
+    # Units with their powers, after a value.
+    rf"((?:^|=)\s*{_VALUE})(?!.*{_NO_UNIT}){_UNIT}"
+    r"(?:[-A-Za-z\s./()\[\]']|\\cdot|(?<=[A-Za-z])\^?\{?-?[1-4]\}?(?!\d))*$": r"\1",
+    # Separators of thousands outside brackets: comma, space, apostrophe; points if there are two.
+    r"(?<=\d)(?<!\d{4})[ ,'_](?=(?:\d\d,)*\d{3}(?!\d)[^()\[\]{}]*$)"
+    r"|(?<=\d)\.(?=\d{3}\.\d{3}(?!\d))|(?<=\.\d{3})\.(?=\d{3}(?!\d))": "",
 }
-# What is written => what stands for it, in this order: a rule relies on those before it. <...> is
-# one of the patterns above, and _ a space.
-_RULES = r"""
-Signs that math-verify does not read; "~" is a space in LaTeX.
-    [−–] => -
-    [÷⁄∕] => /
-    · => \\cdot_
-    ° => ^\\circ_
-    ∞ => \\infty_
-    ≈ => \\approx_
-    ∪ => \\cup_
-    ∩ => \\cap_
-    ∈ => \\in_
-    ∅|\\varnothing => \\emptyset_
-    √\s*(\w+|\([^()]*\)) => \\sqrt{\1}
-    ~ => _
-Currencies; LaTeX's brackets \( \) \[ \], its \! and sizes of brackets.
-    (?:US)?\\?\$|USD\b|[£€¥₹¢] =>
-    (?<!\\)\\(?:[][()!]|(?:left|right|[bB]ig+[lr]?|displaystyle)(?![A-Za-z])) =>
-LaTeX's spaces.
-    (?<!\\)\\(?:[,;:>\ ]|q?quad\b)|\{\s\} => _
-Dots; brackets of a vector.
-    \.{3}|\\c?dots => \\ldots_
-    \\langle => (
-    \\rangle => )
-Python's power x**2.
-    (?<=[\w)])\*\*(?=[\w({-]) => ^
-Commands that only change looks: colours, then fonts and frames.
-    \\(?:text|page)?color(?:box)?\s*(?:\{\w+\}|\w+) =>
-    \\(?:text\w*|math(?!bb|cal)\w+|operatorname|\w*box)\s*\{([^{}]*)\} => _\1_
-    \\(?:bm|emph|boldsymbol|underline|[lL]arge)\s*\{([^{}]*)\} => _\1_
-Quotes and markup around the answer, punctuation after it; words before it.
-    ^[\s*_`"':]+|[\s*_`"'.,;:\\]+$ =>
-    (?i)^(?:(?:the\s)?(?:final\s)?answer(?:\sis|:)+|option|choice)\s*(?=\S) =>
-    ^an?\s(?=[a-z]{2}) =>
-    (?i)^(?:about|around|approximately|roughly|\\approx)\s*(?=\S) =>
-Base ten and degrees say nothing, nor do brackets around another base. "percent" is a sign.
-    _\{?10\}?$ =>
-    ^\(([\dA-F]+)\)(?=_) => \1
-    \s*(?:\^\s*(?:\{\s*(?:\\circ|o)\s*\}|\\circ)|\\degree)\s*[CFK]?\s*$ =>
-    \s*per\s?cent\b => \\%
-The mixed number 3 1/2; 3 out of 4; 2 to 3.
-    ^([-+]?\d+)\s+(\d+)\s*/\s*(\d+)\b => \1\\frac{\2}{\3}
-    ^(\d+)\s+out\sof\s+(\d+)$ => \1/\2
-    ^(\d+)\s+to\s+(\d+)$ => \1:\2
-Words in brackets after a number, and units: 15 cm^2, 60 miles per hour, 5 [cm], 12.5/hour.
-    ^(<VALUE>.*?)\s*[(\[][A-Za-z\s]+[)\]]$ => \1
-    ^(<VALUE>(?::\d\d)?)\s*(?!<OTHER>)<UNIT>$ => \1
-Python's exponent 1.5e3, and pi without a backslash.
-    ^([-+]?[\d.]+)[eE]([-+]?\d{1,3})$ => \1\\times_10^{\2}
-    (?<=\d)pi\b => \\pi
-    \s+ => _
-Separators of thousands: 1,234,567.5 or 1 234 567.5; in India 12,34,567.
-    (?<=\d)[,\s'_](?=(?:\d{2,3}[,\s'_])*\d{3}(?:\.\d+)?$) =>
-A repeating decimal gets more digits than are compared.
-    (?<=\d)(\.\d*)\\(?:overline|bar)\{(\d+)\} => \1\2\2\2\2\2\2\2\2
-Number words, as in 2.5 million dollars, but not in 3 thousand five.
-    ^(<NUMBER>)\s*(?:k|thousand)s?(?:\s[a-z]+s)?$ => \1_\\times_10^{3}
-    ^(<NUMBER>)\s*millions?(?:\s[a-z]+s)?$ => \1_\\times_10^{6}
-    ^(<NUMBER>)\s*billions?(?:\s[a-z]+s)?$ => \1_\\times_10^{9}
-    ^(<NUMBER>)\s*dozens?(?:\s[a-z]+s)?$ => \1_\\times_12
-"""
-
-
-def _expand(text):
-    return re.sub("<([A-Z]+)>", lambda match: _expand(_PARTS[match[1]]), text)
-
-
-def _read(table):
-    rules = []
-    for line in table.split("\n"):
-        pattern, arrow, new = line.strip().partition(" =>")
-        if arrow:
-            rules.append((re.compile(pattern), new.strip().replace("_", " ")))
-    return rules
-
-
-_COMPILED = _read(_expand(_RULES))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -299,144 +254,188 @@ def normalise_answer(text):
     The answer without what never changes it: markup, spaces of LaTeX, currency and units, degrees,
     separators of thousands; number words become powers of ten.
     """
-    # Unicode has other forms of digits, letters and signs, and says what they stand for.
-    text = re.sub("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", r"^{\g<0>}", text)
-    text = re.sub("[¼-¾⅐-⅞]", r" \g<0> ", text)
-    text = unicodedata.normalize("NFKC", text)
-    for pattern, new in _COMPILED:
-        text = pattern.sub(new, text)
-    return text.strip()
+    new = re.sub(r"[⁰-₎¹²³]+|[^\x00-\x7f]", _latex, text).translate(_SIGNS)
+    for pattern, replacement in _RULES.items():
+        new = re.sub(pattern, replacement, new)
+    return new if new == text else normalise_answer(new)        # a rule may be of use to another
 
 
 # ------------------------------------------------------------------------------------- comparing
 
-# What names a value: x =, x_1 =, \theta =, f(2) =, f^{-1}(x) =.
-_NAME = (r"(?:^|(?<=, )|(?<=,)|(?<=and ))(?:\\?[A-Za-z]\w*(?:_\{\w+\})?(?:\^\{-1\})?(?:\([^()]*\))?"
-         r"|\([a-z](?:,\s*[a-z])*\))\s*=\s*")
-# A choice, perhaps with its value: C, (C), (C) 12, C. 12; but not "A and B".
-_CHOICE = r"\(?([A-Z])(?:\)|[.:]|$)\s*((?!.*(?:\b[A-Z]\b|\band\b|\bor\b)).*)"
-# A word, but the name of a function.
-_WORD = (r"(?<![\\A-Za-z])(?!(?:arc)?(?:sin|cos|tan|cot|sec|csc)|log|exp|max|min|mod|gcd|lcm|sqrt"
-         r"|and|.?matrix|pi\b)[A-Za-z]{3,}")
-_INTEGER = r"[-+]?\d{1,100}"                            # int() refuses thousands of digits
-
-
-def _align(a, b):
-    """Two normal forms, made alike where each depends on the other."""
-    # Where one side names its values, x = 1, y = 2, the order of the other counts.
-    if ("=" in a) != ("=" in b):
-        named = max(len(re.findall(_NAME, text)) for text in (a, b))
-        a, b = (normalise_answer(re.sub(_NAME, "", text)) for text in (a, b))
-        if named > 1:
-            a, b = _ordered(a), _ordered(b)
-    # math-verify skips dots. As a term of their own they stay in their place.
-    if "\\ldots" in a + b:
-        a, b = (_ordered(text.replace("\\ldots", "\\omega_{0}")) for text in (a, b))
-    # Of a choice with its value, "(C) 12", that counts which the gold answer is.
-    chosen, wanted = (re.fullmatch(_CHOICE, text) for text in (a, b))
-    if chosen:
-        a = chosen[1] if wanted else chosen[2] or a
-    return a, wanted[1] if wanted else b
-
-
-def _ordered(text):
-    """Several things as a tuple."""
-    return text if re.match(r"[(\[]|\\\{", text) else f"({text})"
-
-
-def _compare(a, b):
-    """(verdict, reason) where the normal forms decide; None where math-verify has to."""
+def _compare(answer, gold):
+    """(verdict, reason), or (None, texts) where math-verify has to compare these two texts."""
+    if answer == gold != "":
+        return True, "same text"
+    if len(answer) > 1000:
+        return False, "too long for an answer"
+    a, b = normalise_answer(answer), normalise_answer(gold)
     if not a:
         return False, "no answer"
-    plain, wanted = (re.sub(r"(?<!\d)\s|\s(?!\d)", "", t).rstrip("\\%") for t in (a, b))
-    # A per cent sign may be left out; whether 50% is 0.5 is for math-verify to say.
-    if plain == wanted:
+    if re.fullmatch(r"[A-Z]|\([A-Z]\)", b):             # a choice: Option C, (C) 12
+        a, b = re.sub(_CHOICE, r"\1", a).upper(), b.strip("()")
+    else:
+        a = re.sub(r"^\([A-Z]\)[\s.:]*(?=.)", "", a)    # (C) 12, where the gold answer is 12
+    # A per cent sign may be left out; whether 50% is 0.5 is for the worker to say.
+    if _plain(a) == _plain(b):
         return True, "same text"
-    if re.fullmatch(_INTEGER, a) and re.fullmatch(_INTEGER, b):
-        same = int(a) == int(b)
-        return same, "same integer" if same else "different integer"
-    if len(a) > 1000:
-        return False, "too long for an answer"
-    if re.fullmatch("[A-Z]", b):
-        same = a.strip("()").upper() == b
-        return same, "same choice" if same else "different choice"
-    # Words are no product of their letters, as they are to math-verify.
-    if re.search(_WORD, f"{a} {b}"):
-        singular, wanted = (re.sub(r"s\b|[\s.,'-]", "", text.lower()) for text in (a, b))
-        return singular == wanted, "compared as words"
-    return None
+    for kind, pattern in _DECIDED.items():
+        if re.fullmatch(rf"{pattern}\n{pattern}", f"{a}\n{b}"):
+            return False, f"different {kind}"
+    return None, (a, b)
+
+
+# A letter, perhaps with its text, but not one of several.
+_CHOICE = r"^(?i:option|choice|answer)?\s*\(?([A-Za-z])(?:\)|[.:]|$)(?!.*\b[A-Z]\b).*$"
+# Texts that need no mathematics. A letter has its case: e is a number, E is none.
+_DECIDED = {"integer": r"[-+]?\d+", "letter": "[A-Za-z]", "words": "[A-Za-z][A-Za-z' -]{2,}"}
+
+
+def _plain(text):
+    """The text without spaces, needless braces and zeros, a last per cent sign; words in brief."""
+    if re.fullmatch(_DECIDED["words"], text):           # no case, articles, plural
+        text = re.sub(r"\b(?:an?|the) |(?<=\w{3})s\b", "", text.lower())
+    return re.sub(r"(?<!\d)\s|\s(?!\d)|(?<=[_^])\{(?=\w\})|(?<=[_^]\{\w)\}|\\%$"
+                  r"|^\+|^-(?=0*$)|(?<![\d.])0+(?=\d)", "", text)
 
 
 # A worker is a process of its own that compares one pair a line: sympy, which math-verify uses, can
 # hang or eat the memory, and math-verify's own time limit works in the main thread only.
 _GRADER = r"""
-import json, logging, os, re, resource, signal, sys
+import functools, json, logging, os, re, resource, signal, sys
 out, sys.stdout = sys.stdout, sys.stderr                # what libraries print is no verdict
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 logging.disable(logging.WARNING)
-from math_verify import parse, verify
-from sympy import Eq, Expr, FiniteSet, Float, Interval, N, Tuple, false, nan, oo, true, zoo
-from sympy.core.relational import Relational
+from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, latex2sympy, normalize_latex
+from math_verify import verify
+from math_verify.grader import should_treat_as_complex
+from sympy import Expr, FiniteSet, I, Interval, MatrixBase, N, Rational, Tuple, Union, nan, oo, zoo
+
+CONFIG = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
+DECIMAL = (r"(?<![\d.])(\d*)\.(?:(\d*)\\(?:overline|bar)\s*\{\s*(\d{1,99})\s*\}"
+           r"|(\d{0,9}?)(\d{1,9}?)\5{2,}\s*\\ldots|(\d+)(?![\d.]))")
+# What a value may be called: x, f(2), x_1, f^{-1}(x), Area, m\angle ABC, (x, y).
+NAME = (r"(?:(?!\\(?:sqrt|frac|log|ln|sin|cos|tan))(?:[A-Za-z ]*\\)?[A-Za-z][A-Za-z ]*'*"
+        r"(?:_\{?\w+\}?)?(?:\^\{-1\})?(?:\([\w, ]*\))?|\([a-z](?:, ?[a-z])+\))\s*=\s*")
+
+# A decimal is a fraction, exact, where sympy has 15 digits: 0.1\overline{6} = (16 - 1) / 90.
+def fraction(decimal):
+    whole, fixed, period, fixed2, period2, digits = (group or "" for group in decimal.groups())
+    start, period = whole + fixed + fixed2 + digits, period + period2
+    top = int(start + period) - (int(start or 0) if period else 0)
+    bottom = 10 ** (len(start) - len(whole)) * (10 ** len(period) - 1 if period else 1)
+    return r"(\frac{%d}{%d})" % (top, bottom)
+
+@functools.lru_cache(256)                               # parsing is what takes the time
+def parse(text, real):
+    if re.search(r"(?<![_\d])\d+\s+\d|-\s*-", text):    # the parser would add what is side by side
+        raise ValueError
+    text = normalize_latex(text, CONFIG)
+    x = latex2sympy(text, is_real=real, convert_degrees=False, normalization_config=None)
+    return x if real else x.subs({name: I for name in x.free_symbols if name.name == "i"})
 
 # For sympy oo^9 - 17 is zero now and then, depending on what it has seen before.
-def infinite(parsed):
-    return any(isinstance(x, Expr) and x.has(oo, -oo, zoo, nan) for x in parsed)
+def infinite(x):
+    return isinstance(x, Expr) and x.has(oo, -oo, zoo, nan)
 
-# The values in it, in order; None where it has variables.
-def values(x):
-    if isinstance(x, (Tuple, FiniteSet, Interval)):
-        found = [values(part) for part in x.args if part not in (true, false)]
-        found = None if None in found else sum(found, [])
-        sort = isinstance(x, FiniteSet) and found and all(v.is_real for v in found)
-        return sorted(found) if sort else found
-    return [N(x.doit(), 30)] if isinstance(x, Expr) and not x.free_symbols else None
+# Numbers that an answer consists of, in order; the members of a set, which has none, by size.
+def leaves(x, point):
+    if isinstance(x, MatrixBase):
+        return [*x.shape, *(leaf for part in x.flat() for leaf in leaves(part, point))]
+    if not isinstance(x, (FiniteSet, Interval, Tuple, Union)):
+        return [x.subs(point).doit() if isinstance(x, Expr) else x]
+    parts = [leaves(part, point) for part in x.args]
+    if isinstance(x, (FiniteSet, Union)):
+        parts.sort(key=lambda part: [N(leaf).as_real_imag() for leaf in part if leaf.is_number])
+    return sum(parts, [])
 
-# math-verify compares to six decimals, so 2^-60 is 2^-61 to it. A decimal stands for a number that
-# is none, with which it has six digits in common.
-def close(x, y):
-    ours, theirs = values(x), values(y)
-    if ours is None or theirs is None or len(ours) != len(theirs):
+# Whether a decimal of six right digits stands for the number, that is, for a fraction; for another
+# number six right digits after the point do.
+def rounded(decimal, number):
+    places = next((k for k in range(1, 50) if 10 ** k % decimal.q == 0), None)
+    if places is None or decimal.q == 1 or abs(decimal - number) * 2 * 10 ** places > 1:
+        return False
+    if not number.is_Rational:
+        return places > 5
+    ends = pow(10, number.q.bit_length(), number.q) == 0          # it is a decimal, too
+    return not ends and abs(decimal.p * 10 ** places // decimal.q) > 99999
+
+# Whether two numbers are the same to 25 of 30 digits.
+def same(a, b):
+    if a == b or not (getattr(a, "is_number", 0) and getattr(b, "is_number", 0)):
+        return a == b or verify(b, a, timeout_seconds=None)
+    if a.is_Rational and rounded(a, b) or b.is_Rational and rounded(b, a):
         return True
-    limit = {0: 1e-20, 1: 5e-6, 2: 1e-12}[x.has(Float) + y.has(Float)]
-    return all(p == q or abs(p - q) <= limit * abs(q) for p, q in zip(ours, theirs))
+    if a.is_Rational and b.is_Rational:
+        return False
+    a, b = N(a, 30), N(b, 30)
+    return bool(abs(a - b) <= abs(b) * Rational(1, 10 ** 25))
 
-# Of an equation its right side is taken. It is a value where a name or the same number is on its
-# left. Other relations are none.
-def is_value(x):
-    equal = isinstance(x, Eq) and (x.lhs.is_Symbol or (x.lhs - x.rhs).doit().is_zero)
-    return equal or not isinstance(x, Relational)
+# Numbers by their values; where there are variables, math-verify and the values at a point.
+def equal(answer, gold):
+    real = not any(map(should_treat_as_complex, (answer, gold)))
+    a, b = parse(answer, real), parse(gold, real)
+    if infinite(a) or infinite(b):
+        return a == b != zoo
+    for x, y in (a, b), (b, a):                         # a tuple has an order, a set has none
+        if isinstance(x, FiniteSet) and isinstance(y, (Tuple, Interval)):
+            return False
+    names = sorted({name for x in (a, b) for name in x.free_symbols}, key=str)
+    point = {name: Rational(7 * i + 10, 13) for i, name in enumerate(names)}
+    if type(a) is type(b) or isinstance(a, Expr) and isinstance(b, Expr):
+        pairs = leaves(a, point), leaves(b, point)
+        alike = len(pairs[0]) == len(pairs[1]) and all(map(same, *pairs))
+        if not alike or not names:
+            return alike
+    return verify(b, a, allow_set_relation_comp=True, timeout_seconds=None)
 
-# What is in a tuple has an order; 1, 2 and \{1, 2\} have none.
-def same_kind(x, y):
-    kinds = isinstance(x, FiniteSet), isinstance(y, FiniteSet)
-    return kinds[0] == kinds[1] or not isinstance(x if kinds[1] else y, (Tuple, Interval))
+# The names in "x = 1, y = 2" and their values, "1, 2"; no names where something else is in it.
+def unnamed(text):
+    parts = [re.fullmatch("(%s)(.+)" % NAME, part) for part in re.split(r",\s*(?=%s)" % NAME, text)]
+    if not all(parts):
+        return [], text
+    named = sorted(part.groups() for part in parts)
+    return [name.strip(" =") for name, _ in named], ", ".join(value for _, value in named)
 
-# math-verify ignores case, as in e and E, a relation without a left side, what is written below,
-# as a base, and two letters behind a number, for it takes them for tonnes and at-bats.
-def skipped(answer, gold):
-    base = re.fullmatch(r"[\dA-F]+_\{?(\d+)\}?", answer)
-    return (re.fullmatch("[a-z][A-Z]", gold + answer) or base and base[1] not in gold
-            or re.search(r"\d(?:t|ab)$", answer) and not re.search("[a-z]", gold)
-            or bool(re.match(_RELATION, answer)) != bool(re.match(_RELATION, gold)))
-_RELATION = r"[<>]|\\[lg]eq?\b"
+def terms(text):
+    text = text.replace(r"\ldots", r"\Delta").strip("\\{}")
+    return "(%s)" % (text if "," in text else text.replace("+", ","))
+
+def judge(answer, gold):
+    if re.match(r"[\dA-F]+_", answer):                  # other digits, or the parser drops the base
+        return False
+    answer, gold = (re.sub(DECIMAL, fraction, text) for text in (answer, gold))
+    (names, a), (wanted, b) = unnamed(answer), unnamed(gold)
+    if names and wanted and names != wanted:
+        return False
+    if len({*names, *wanted}) > 1:                      # x = 1, y = 2 has the order of (1, 2)
+        a, b = (text if text[0] + text[-1] == "()" else "(%s)" % text for text in (a, b))
+    if ("=" in a) != ("=" in b):
+        curve = re.search(r"(?<![\\a-z])[a-z](?![a-z])", b if "=" in a else a)
+        if "=" in answer and "=" in gold and curve:     # y = 2x + 3 and 2x - y + 3 = 0
+            a, b = answer, gold
+        elif "=" in b or "," in a + b:                  # an equation is no value
+            return False
+        else:                                           # but 7/2 = 3.5 is, if its sides are
+            a = a.replace("=", ",")
+    if "mod" not in b:
+        a = re.sub(r"\s*(?:\\pmod|\(mod).*", "", a)
+    if r"\ldots" in a + b:                              # equal only term by term
+        a, b = terms(a), terms(b)
+    # A per cent sign on one side only is left out, or it is a hundredth.
+    signs = ["", "/100"] if (r"\%" in a) != (r"\%" in b) else [""]
+    return any(equal(a.replace(r"\%", sign), b.replace(r"\%", sign)) for sign in signs)
 
 print("ready", file=out, flush=True)
 for line in sys.stdin:
     signal.alarm(60)                                    # ends it where its parent is dead
     try:
-        texts = json.loads(line)
-        gold, answer = (parse("\\boxed{%s}" % x, parsing_timeout=None) for x in texts)
-        result = (bool(answer and gold) and not skipped(texts[1], texts[0])
-                  and infinite(answer) == infinite(gold)
-                  and verify(gold, answer, timeout_seconds=None)
-                  and close(answer[0], gold[0]) and same_kind(answer[0], gold[0])
-                  and is_value(answer[0]) == is_value(gold[0]))
+        result = judge(*json.loads(line))
     except MemoryError:
         os._exit(3)
     except Exception:
         result = False
     signal.alarm(0)                                     # it may wait for the next pair for long
-    print(json.dumps(bool(result)), file=out, flush=True)
+    print("equal" if result else "different", file=out, flush=True)
 """
 _graders = queue.SimpleQueue()                          # idle workers
 
@@ -458,19 +457,48 @@ def _math_verify(answer, gold, seconds):
     except queue.Empty:
         process = _start_grader()
     try:
-        process.stdin.write(json.dumps([gold, answer]) + "\n")
-        process.stdin.flush()
+        print(json.dumps([answer, gold]), file=process.stdin, flush=True)
         ready, _, _ = select.select([process.stdout], [], [], seconds)
         line = process.stdout.readline() if ready else None
     except OSError:                                     # it died before this pair
         line = ""
     if line:
         _graders.put(process)
-        equal = line == "true\n"
-        return equal, f"{'equal' if equal else 'different'} for math-verify"
+        return line == "equal\n", f"{line.strip()} for math-verify"
     process.kill()
     process.communicate()
     return None, "comparison crashed" if line == "" else f"no verdict in {seconds:g} s"
+
+
+# -------------------------------------------------------------------------------- the command line
+
+def main(args):
+    if len(args) != 2:
+        sys.exit("usage: python grade.py RESPONSE GOLD, or python grade.py --regrade out/eval")
+    response, gold = args
+    if response == "--regrade":
+        return regrade(gold)
+    found = extract_answer(response)
+    print(f"extracted    {found}\nnormal form  {normalise_answer(found or '')}")
+    print(f"of the gold  {normalise_answer(gold)}\nverdict      {grade(response, gold)}")
+
+
+def regrade(folder):
+    """Print what grading the samples of a finished evaluation anew would change."""
+    try:
+        with open(f"{folder}/samples.jsonl") as file:
+            samples = map(json.loads, file)
+            records = [sample for sample in samples if sample["answer"] is not None]
+    except OSError as error:
+        sys.exit(f"--regrade takes the out_dir of an evaluation: {error}")
+    results = grade_all([(old["response"], old["answer"]) for old in records])
+    changes = Counter()
+    for old, (verdict, reason) in zip(records, results):
+        if verdict is not old["correct"]:
+            changes[old["correct"], verdict] += 1
+            print(f"{old['benchmark']} {old['index']}, sample {old['sample']}: {old['correct']} -> "
+                  f"{verdict}, {reason}: {old['extracted']!r} for {old['answer']!r}")
+    print(f"{len(records)} graded. (Before, now): {dict(changes)}. samples.jsonl stays as it was.")
 
 
 # ------------------------------------------------------------------------------ measuring a model

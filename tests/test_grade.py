@@ -245,6 +245,195 @@ def test_answers_of_models():
     assert mistakes(pairs, [right for _, _, right in cases]) == []
 
 
+# Classes of notation: "answer in the box|gold answer", with OR between such pairs.
+SAME = r"""
+units           35 cm|35  OR  5kg|5  OR  10s|10  OR  5 N|5  OR  15 cm2|15  OR  15 units²|15
+                5 kWh|5  OR  5 \Omega|5  OR  5 \ \mu m|5  OR  20^\circ \text{C}|20  OR  5 [cm]|5
+                5\,\mathrm{N}|5  OR  9.8 \text{ m/s}^2|9.8  OR  36\pi\ \mathrm{cm}^2|36\pi
+                3\sqrt{2}\text{ cm}|3\sqrt{2}  OR  3/4 cup|3/4
+                \frac{\pi}{4} \text{ radians}|\pi/4  OR  5*10^6 watts|5000000
+                \$12.50/\text{hour}|12.5  OR  20 N·m|20  OR  10 each|10  OR  10 times|10  OR  3rd|3
+                13^{\text{th}}|13  OR  10 a.m.|10
+remarks         5 (five)|5  OR  5 cm (rounded)|5  OR  about 5|5  OR  ≈5|5  OR  \sim 5|5
+                x \approx 3.14|3.14  OR  \frac{22}{7} \approx 3.14|\frac{22}{7}
+money           US$500|500  OR  500 USD|500  OR  -\$5|-5  OR  Rs. 10|10  OR  10€|10
+thousands       1{,}234{,}567|1234567  OR  12 345|12345  OR  1'000'000|1000000
+                1.000.000|1000000  OR  12,34,567|1234567  OR  11,\! 111,\! 100|11111100
+                \$10,000.50 a day|10000.5
+number words    5k|5000  OR  5 dozen|60  OR  \$1.2 \text{ million}|1200000  OR  15 hundred|1500
+per cent        28 percent|28\%  OR  1|100\%  OR  12.5\%|\frac18  OR  25%** of the class|25
+mixed numbers   -1 1/2|-\frac{3}{2}  OR  1\ \frac{64}{65}|\frac{129}{65}  OR  2¾|\frac{11}{4}
+decimals        0.1\overline{6}|\frac16  OR  0.\bar{3}|\frac13  OR  0.333...|\frac13
+                0.\overline{9}|1  OR  0.0833333333333333|\frac{1}{12}  OR  16.6667|\frac{50}{3}
+                (1, 0.333333)|(1, \frac13)
+powers          1.5*10^3|1500  OR  6.02E-23|6.02 \times 10^{-23}  OR  10^-3|0.001
+Unicode         3⁄4|3/4  OR  ¾|3/4  OR  10⁶|1000000  OR  6.72 × 10⁻⁵|6.72 \times 10^{-5}
+                ３５|35  OR  A ∩ B|A \cap B  OR  √17|\sqrt{17}  OR  √(x+1)|\sqrt{x+1}
+                3π/4|\frac{3\pi}{4}  OR  a₁|a_1  OR  x ≠ 3|x \ne 3  OR  “5”|5  OR  θ|\theta
+looks           \hbox{5}|5  OR  \bf 5|5  OR  \colorbox{yellow}{5}|5  OR  \[5\]|5
+                \cfrac{3}{4}|3/4  OR  \textcolor{red}{\textbf{5}}|5  OR  \mathrm{i}|i
+                \displaystyle \frac{1}{2}|0.5
+ratios          2\text{ to }3|2:3  OR  2:3|2/3  OR  4:6|2:3  OR  3 out of 4|3/4
+times           12:00|12:00  OR  10:30 a.m.|10:30 \text{ a.m.}
+names           Area = 15|15  OR  \text{Area} = 15|15  OR  f(2) = 5|5  OR  D = (0, 1)|(0,1)
+                (x, y) = (3, 7)|(3,7)  OR  x=3 \text{ and } y=7|(3,7)  OR  x=3, y=7|3, 7
+                a=3, b=5|b=5, a=3  OR  n = 2, 3, 4|2,3,4  OR  x = \frac{7}{2} = 3.5|3.5
+                2 + 3 = 5|5  OR  3x - y = 1|y = 3x - 1  OR  m\angle ABC = 60^\circ|60
+                x \equiv 5 \pmod{7}|5  OR  \frac{7}{2} \text{ or } 3.5|3.5
+lists           -1 \text{ and } 3|-1, 3  OR  19, 46, \text{ and } 82|19,46,82  OR  C, A|A, C
+                1; 2|1,2  OR  (1,2) \text{ and } (3,4)|(3,4),(1,2)  OR  \left\{1,2\right\}|1,2
+                [5]|5  OR  \langle 1, 2 \rangle|(1,2)  OR  \pm 2|2,-2
+                1, 2, ..., n|1, 2, \ldots, n
+intervals       0 < x < 12.5|(0, 12.5)  OR  x \ge 3|[3,\infty)  OR  x ∈ [3, ∞)|[3,\infty)
+                \mathbb{R} \setminus \{3\}|(-\infty, 3) \cup (3, \infty)
+choices         \textbf{(D) } 30|30  OR  \mathrm{(B)}\ 12|B  OR  Option B|B  OR  E: a risk|E
+                n|N
+bases           (1010)_2|1010_2  OR  \text{2E}_{16}|2E_{16}
+words           ellipse|\text{an ellipse}  OR  \text{no solutions}|\text{No solution}
+                TRUE|True
+functions       sqrt(17)|\sqrt{17}  OR  \arctan(2)|\tan^{-1}(2)  OR  \sec^2 y|\tan^2 y + 1
+                \binom{10}{3}|120  OR  (1+i)^2|2i  OR  \log_2 8|3
+the gold        5|so $x=\boxed{5}$
+"""
+DIFFERENT = r"""
+tiny values     2^{-98}|2^{-99}  OR  \frac{1}{20!}|\frac{1}{21!}
+                1.6 \times 10^{-19}|9.1 \times 10^{-19}  OR  0|2^{-30}
+                \frac{3}{2^{24}}|\frac{1}{2^{24}}
+                \frac{1}{\binom{52}{5}}|\frac{1}{\binom{52}{6}}  OR  (2^{-40}, 1)|(2^{-41}, 1)
+                \{2^{-40}, 1\}|\{2^{-41}, 1\}  OR  2^{-70}x|2^{-71}x
+                [0, 10^{-20}]|[0, 10^{-21}]  OR  \pi \cdot 10^{-20}|\pi \cdot 10^{-21}
+                e^{-50}|e^{-51}
+close values    1.0000001|1  OR  \frac{2^{30}+1}{2^{30}}|1  OR  12345678901.5|12345678902.5
+                10^{30}|10^{30}+1  OR  0.66667|\frac23  OR  0.666666|\frac23  OR  3.14159|\pi
+                0.\overline{3}|0.3  OR  0.1\overline{6}|0.16
+equations       x^2=25|25  OR  2x=8|8  OR  6 = 5|5  OR  \sqrt{x} = 5|5  OR  x + y = 5|5
+                x = 6 = 5|5  OR  5|x^2 = 25  OR  2x + 3 = 13|x = 5  OR  x > 5|5  OR  \log x = 5|5
+                5 = 6|5, 6
+names           (2,1)|x=1, y=2  OR  2, 1|x=1, y=2  OR  x=2, y=1|x=1, y=2  OR  x = 5|y = 5
+                x \equiv 3 \pmod 5|x \equiv 3 \pmod 7  OR  13 mod 5|13
+dots            1, 2, \ldots, 2n|1, 2, \ldots, n  OR  n, n+1, \ldots, 2n|1, 2, \ldots, n
+                1+2+\cdots+n|1+2+\cdots+2n  OR  1 + 3 + \dots + n|4 + \cdots + n
+                1, 3, 5|1, 3, 5, \ldots
+lists           15 apples and 3 pears|15  OR  1331 and 1728|1728  OR  2021|\pm 2021  OR  20 20|40
+                1 2 3|123  OR  (1,2),(3,4)|(1,2),(4,3)  OR  \langle 1, 2 \rangle|1, 2
+                \begin{pmatrix} 1 & 2 \end{pmatrix}|\begin{pmatrix} 1 \\ 2 \end{pmatrix}
+no units        20n|20  OR  20 x|20  OR  20 less|20  OR  13 hundredths|13  OR  13 log x|13
+                2sin(x)|2  OR  3 score|3  OR  20 cm + x|20  OR  20 feet 3 inches|20
+                13 (or 14)|13  OR  1+k|1000  OR  5.4 \text{ cents}\sqrt{2}|5.4  OR  5-|5
+                --20|20  OR  at least 20|20  OR  \ne 20|20
+mixed numbers   23/4|2 3/4  OR  2 3/4|23/4  OR  -2 3/4|-1.25  OR  3\frac{1}{2}|\frac32
+bases           1010_2|1010_3  OR  101_2|5  OR  2E_{16}|2F_{16}
+ratios          1:4:9|1:2:3  OR  1:00|12:00  OR  3:4|4:3
+letters         2x+3|2n+3  OR  a_{n+1}|a_n+1  OR  2^n-1|2^{n-1}  OR  j|i
+                \frac{1}{x}+C|\frac{1}{x}
+words           Tues|Tuesday  OR  Monday|Friday  OR  \text{listen}|\text{silent}
+intervals       x > 3|[3,\infty)  OR  (-\infty, 3) \cup (3, \infty)|(-\infty, \infty)
+                [1,2)|(1,2)
+thousands       1,00|100  OR  1,234|1  OR  100|1  OR  1.000|1000
+choices         \textbf{(D) } 30|40  OR  \textbf{(D) } 30|C  OR  Option B|A  OR  C + A|A
+"""
+
+
+@pytest.mark.parametrize("table, right", [(SAME, True), (DIFFERENT, False)])
+def test_classes_of_notation(table, right):
+    pairs = []
+    for line in table.strip().split("\n"):
+        for pair in line[16:].split("  OR  "):
+            answer, gold = pair.split("|")
+            pairs.append((f"\\boxed{{{answer}}}", gold))
+    assert mistakes(pairs, [right] * len(pairs)) == []
+
+
+@pytest.mark.parametrize("response, gold, right", [
+    ("<think>maybe \\boxed{7}? no: 8.</think>\nThe answer is 8.", "8", True),
+    ("<think>\\boxed{8}</think> So it is \\boxed{7}", "8", False),
+    ("<think>\\boxed{8}</think> So it is \\boxed{7", "8", False),
+    ("<think>\\boxed{8}</think>", "8", True), ("<think>so \\boxed{8}", "8", True),
+    ("\\boxed{7} <answer>8</answer>", "8", True), ("<answer> \\boxed{8} </answer>", "8", True),
+    ("It is \\boxed{6}. Wait. \\boxed{}", "6", False), ("\\boxed{5} hmm, so \\boxed{", "5", False),
+    ("The answer is \\boxed{5", "5", False),
+    ("The answer is 10. Note the case where the answer is not given.", "10", True),
+    ("The answer is 7.\nNote that this answer: it depends on the order.", "7", True),
+    ("The answer is 5. That is what the answer is.", "5", True),
+    ("The answer is 5. I hope the answer is correct.", "5", True),
+    ("The answer is 10. Wait, the answer is 12.", "10", False),
+    ("The answer is $12, not $15.", "12", True), ("The answer is 72, in total.", "72", True),
+    ("the answer is 8, so he has 8 left", "8", True), ("The answer is 8 (see above).", "8", True),
+    ("The answer is 3, 5 and 7.", "3,5,7", True), ("The answer is x = 3, y = 5.", "(3,5)", True),
+    ("The answer is $4$ because 2 + 2 = 4.", "4", True), ("**Answer: 25%** of them", "25", True),
+    ("### Final Answer:\n- 8", "8", True), ("Answer: - 8", "-8", True),
+    ("\\[Answer: 009\\]", "9", True), ("\\boxed{3}; $\\boxed{5}$", "3,5", True),
+    ("\\boxed{3} \\text{ and } \\boxed{5}", "3,5", True), ("\boxed{5}", "5", True),
+    ("\\boxed{\frac{1}{2}}", "0.5", True), ("The answer is no solution.", "no solution", True),
+])
+def test_answers_by_meaning(response, gold, right):
+    assert grade.grade(response, gold)[0] is right
+
+
+# Numbers, each in several ways, and what they are in. None is special: no name, choice or base.
+NUMBERS = [["7", "7.0", "14/2"], ["\\frac{1}{2}", "0.5", "½"], ["3 1/2", "3.5", "\\frac72"],
+           ["2^{-60}", "4^{-30}"], ["2^{-61}"], ["1{,}200", "1200", "1.2*10^3"], ["-12"],
+           ["0.333333", "1/3"], ["\\sqrt{8}", "2√2"], ["3\\pi", "3π"], ["50\\%", "50 percent"]]
+FORMS = ["%s", "$%s$", "(%s, %s)", "\\{%s, %s\\}", "%s, %s", "%s and %s", "[%s, %s)", "x + %s",
+         "%s \\text{ cm}", "\\textbf{%s}", "1, %s, \\ldots, n",
+         "\\begin{pmatrix} %s \\\\ %s \\end{pmatrix}"]
+
+
+def generated_pairs(n, seed=0):
+    rng = random.Random(seed)
+    pairs = []
+    for _ in range(n):
+        pair, numbers = [], rng.choices(NUMBERS, k=2)
+        for form in rng.choices(FORMS, k=2) if rng.random() < 0.2 else [rng.choice(FORMS)] * 2:
+            if rng.random() < 0.2:
+                rng.shuffle(numbers)
+            written = [rng.choice(number) for number in numbers]
+            pair.append(form % tuple(written[:form.count("%s")]))
+        pairs.append(pair)
+    return pairs
+
+
+def test_properties():
+    """What is normal stays so; equality is symmetric; nothing depends on what was graded before."""
+    pairs = generated_pairs(100)
+    for answer in sum(pairs, hostile(300)):
+        normal = grade.normalise_answer(answer)
+        assert grade.normalise_answer(normal) == normal
+
+    def verdicts(pairs):
+        results = grade.grade_all([(f"\\boxed{{{answer}}}", gold) for answer, gold in pairs])
+        return [verdict for verdict, _ in results]
+
+    wanted = verdicts(pairs)
+    assert 20 < sum(wanted) < 80                                # both kinds are there
+    assert verdicts([(gold, answer) for answer, gold in pairs]) == wanted
+    assert verdicts(pairs[::-1]) == wanted[::-1]
+
+
+def test_command_line(tmp_path, capsys):
+    grade.main(["It is \\boxed{0.50 \\text{ cm}}.", "1/2"])
+    assert capsys.readouterr().out.split("\n")[:4] == [
+        "extracted    0.50 \\text{ cm}", "normal form  0.50", "of the gold  1/2",
+        "verdict      (True, 'equal for math-verify')"]
+
+    record = {"benchmark": "toy", "index": 3, "sample": 1, "answer": "1/2", "extracted": "0.5",
+              "response": "\\boxed{0.5}", "correct": False, "reason": "of old"}
+    rows = [record, record | {"correct": True}, record | {"answer": None, "correct": None}]
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = samples.read_bytes()
+    grade.main(["--regrade", str(tmp_path)])
+    change, counts, _ = capsys.readouterr().out.split("\n")
+    assert change == ("toy 3, sample 1: False -> True, equal for math-verify: '0.5' for '1/2'")
+    assert counts.startswith("2 graded. (Before, now): {(False, True): 1}.")
+    assert samples.read_bytes() == before
+
+    for wrong in ([], ["a"], ["a", "b", "c"], ["--regrade", str(tmp_path / "none")]):
+        with pytest.raises(SystemExit) as error:
+            grade.main(wrong)
+        assert "\n" not in str(error.value) and "regrade" in str(error.value)
+
+
 GOLD = Path(os.environ.get("BENCHMARK_DIR", "data"))
 FORMS = ["\\boxed{%s}", "Therefore we find $\\boxed{%s}$, as required.", "\n#### %s",
          "The answer is $%s$. Done."]
@@ -354,7 +543,7 @@ def test_idle_workers_stay(monkeypatch):
     assert impatient != grade._GRADER
     monkeypatch.setattr(grade, "_GRADER", impatient)
     monkeypatch.setattr(grade, "_graders", grade.queue.SimpleQueue())
-    assert grade._math_verify("1,234,567.50", "1234567.5", 2) == (True, "equal for math-verify")
+    assert grade._math_verify("1234567.50", "1234567.5", 2) == (True, "equal for math-verify")
     time.sleep(2.5)
     assert grade._math_verify("1/2", "0.5", 2) == (True, "equal for math-verify")
 
@@ -370,130 +559,3 @@ def test_without_math_verify(monkeypatch):
     monkeypatch.setattr(grade, "_graders", grade.queue.SimpleQueue())
     with pytest.raises(utils.UserError, match="grading needs math-verify"):
         grade.grade("\\boxed{x}", "y+1")
-
-
-# ----------------------------------------------------------------------------- kinds of notation
-
-# (answer, gold): what a policy would find and farm if it were right.
-DIFFERENT = [
-    ("not 5", "5"), ("5 or 6", "5"), ("5, 6", "5"), ("5x", "5"), ("5i", "5"), ("5!", "5"),
-    ("5^2", "5"), ("-5", "5"), (r"5 \times 10^3", "5"), ("5/6", "5"), ("5 apples or 6", "5"),
-    (r"5 \pm 1", "5"), ("more than 5", "5"), (r"\geq 5", "5"), ("5+", "5"), ("5 and 7", "5"),
-    ("x>5", "5"), (r"5\text{ or }6", "5"), ("5k", "5"), ("5 million", "5"), (r"50\%", "50.5"),
-    ("live", "evil"), ("even", "odd"), ("not even", "even"), ("(1,2)", "(2,1)"), ("[1,2]", "(1,2)"),
-    ("(1,2]", "(1,2)"), (r"\{1,2\}", "(1,2)"), ("1,2,3", "1,2"), ("A, B", "A"), ("A and B", "A"),
-    ("B", "A"), ("(A) or (B)", "A"), (r"\frac{1}{3}", "0.3"), ("0.33", "1/3"), ("3.14", r"\pi"),
-    ("10^{10}", "10^{9}"), ("2^{100}", "2^{100}+1"), ("1_2", "1_3"), ("101_2", "101"),
-    ("1:30", "1:31"), ("5 a.m.", "5 p.m."), ("10:30 a.m.", "10:30 p.m."), ("x=1,y=2", "x=2,y=1"),
-    ("x=5", "y=5"), ("a=1, b=2", "2, 1"), ("1,000", "1"), ("1.000", "1000"), (r"\sqrt{2}", "2"),
-    (r"\sqrt2", r"\sqrt3"), ("x+1", "x"), (r"\text{no solution}", "0"),
-    ("0", r"\text{no solution}"), (r"\infty", r"-\infty"), ("2 halves", "2"), ("3 squared", "3"),
-    ("5 feet 6 inches", "5"), ("5 minutes 30 seconds", "5"), ("1 hour 5 minutes", "1"),
-    ("2 dozen", "2"), ("5 less than x", "5"), ("5 over 6", "5"), (r"0.1\overline{6}", "0.16"),
-    ("5 times n", "5"), ("x = 5 or x = 6", "5"), (r"5 \text{ and } 6", "5"),
-    (r"5 \text{ is wrong}", "5"), ("5 (not 6)", "5"), ("5 (or 6)", "5"), ("5 [or 6]", "5"),
-    ("7 if x = 2", "7"), (r"\text{5 or 6}", "5"), ("1...9", "1"), ("1, 2, ...", "1, 2"),
-    (r"1, 2, \ldots", "1, 2"), ("2n", "2"), ("2 N", "2n"), ("3a", "3"), ("3 a", "3"), ("3m", "3n"),
-    ("y=x+1", "y=x+2"), ("x^2=25", "x=25"), ("C", "c"), ("(C) 12", "13"), ("(C) 12", "D"),
-    ("C. 12", "12.5"), ("12 or 13", "12"), (r"1\frac{1}{2}", r"\frac{11}{2}"), ("1 1/2", "11/2"),
-    (r"\emptyset", "0"), (r"\{\}", "0"), ("1e-9", "1e-8"), ("1.6e-19", "9e-19"),
-    (r"\frac{10^{-9}}{1}", "0"), ("0.0000001", "0"), ("10^{-30}", "10^{-31}"),
-    (r"\{10^{-9}, 1\}", r"\{10^{-8}, 1\}"), ("(10^{-9},1)", "(0,1)"),
-    (r"\begin{pmatrix}10^{-9}\end{pmatrix}", r"\begin{pmatrix}10^{-8}\end{pmatrix}"),
-    ("10^{-9}x", "10^{-8}x"), ("x+10^{-9}", "x"), (r"5\text{ }6", "56"), ("5 6", "56"),
-    ("5 and a half", "5"), ("five", "6"), ("1 out of 5", "1/6"), ("2 to 3", "2/4"),
-    ("sin x", "cos x"), (r"\sin x", r"\sin y"), ("f(x)=x", "g(y)=y"), ("4 or more", "4"),
-    ("at least 4", "4"), ("about 5", "6"), ("approximately 5.2", "5"), ("answer 5 6", "5"),
-]
-# (answer, gold) in notations of one kind each.
-SAME = [
-    ("5", "5.0"), ("5 apples", "5"), ("five", "five"), (r"\text{Yes}", "yes"), ("x=5", "5"),
-    ("5", "x = 5"), ("{5}", "5"), ("$5$", "5"), ("5.00", "5"), ("1/2", "0.5"),
-    (r"\dfrac12", r"\frac{1}{2}"), ("2 hours", "2"), ("60 mph", "60"), ("18 ft^3", "18"),
-    ("18 cubic feet", "18"), (r"3 \text{ meters per second}", "3"), ("9.8 m/s^2", "9.8"),
-    (r"9.8\,\mathrm{m/s^2}", "9.8"), (r"\$1,234.50", "1234.5"), ("1 234 567", "1234567"),
-    ("12,34,567", "1234567"), (r"\frac{3}{4}\text{ cup}", "3/4"),
-    (r"3\sqrt{2}\text{ cm}", r"3\sqrt{2}"), ("(A)", "A"), (r"\text{A}", "A"),
-    (r"\textbf{(A)}\ 5", "A"), (r"\text{(A) 5}", "5"), ("a", "A"), ("A.", "A"), ("2π", r"2\pi"),
-    ("x ∈ [0,1]", "[0,1]"), (r"x\in[0,1]", "[0,1]"), ("[0,1]", r"x\in[0,1]"),
-    ("√3/2", r"\frac{\sqrt{3}}{2}"), ("½", "0.5"), ("2½", "2.5"), ("x²+1", "x^2+1"),
-    ("10⁻³", "0.001"), ("−5", "-5"), (r"\left(1,2\right)", "(1,2)"), ("3:4", "3:4"),
-    (r"90^\circ", "90"), ("90°", "90"), (r"0.\overline{3}", "1/3"), (".5", "1/2"),
-    ("1.5e3", "1500"), (r"1.5 \times 10^3", "1500"), ("25 percent", "25"), (r"25\%", "25"),
-    (r"\boxed{7}", "7"), ("5 dollars", "5"), ("5 USD", "5"), ("€5", "5"), ("N=5", "5"),
-    (r"\theta = 30^\circ", "30"), ("P(A) = 1/2", "0.5"), (r"\mathbf{5}", "5"),
-    (r"\color{red}{5}", "5"), (r"\textcolor{red}{5}", "5"), (r"\underline{5}", "5"), ("5 km", "5"),
-    ("5km", "5"), (r"5\ \text{kg}", "5"), ("10 kg/m^3", "10"), ("7 days", "7"),
-    (r"\text{7 days}", "7"), ("2 people", "2"), ("approximately 3.5", "3.5"),
-    ("x = 2, x = 3", "2, 3"), ("x=2 or x=3", "2,3"), ("2 and 3", "2,3"), (r"\{2,3\}", "3,2"),
-    (r"\pm 2", "2,-2"), (r"x=\pm 2", r"\pm 2"), ("y=2x+3", "2x+3"), ("1+2i", "2i+1"),
-    ("16_{10}", "16"), ("FF_{16}", "FF_{16}"), ("２５", "25"), ("7 units", "7"),
-    ("7 square units", "7"), (r"24\pi\text{ cubic inches}", r"24\pi"), (r"\frac{1}{2}x", "x/2"),
-    ("1 million", "1000000"), ("2.5 million", "2500000"), ("45 minutes", "45"), ("30 mins", "30"),
-    ("$0.50", "0.5"), ("50 cents", "50"), ("100 people", "100"), (r"\text{Tuesday}", "Tuesday"),
-    ("12 eggs left", "12"), ("12 more", "12"), ("an ellipse", "ellipse"),
-    ("No solutions", "no solution"),
-]
-
-
-def boxed(pairs):
-    return grade.grade_all([(f"So it is $\\boxed{{{answer}}}$.", gold) for answer, gold in pairs])
-
-
-def test_different_answers_are_never_right():
-    found = zip(DIFFERENT, boxed(DIFFERENT), strict=True)
-    assert [pair for pair, (verdict, _) in found if verdict is not False] == []
-
-
-def test_other_notations_are_right():
-    found = zip(SAME, boxed(SAME), strict=True)
-    assert [(pair, why) for pair, (verdict, why) in found if verdict is not True] == []
-
-
-def test_properties():
-    """
-    A normal form is its own. Equality has no sides, but where the gold answer is a choice or has a
-    base. No verdict depends on what was graded before.
-    """
-    pairs = DIFFERENT + SAME
-    texts = {text for pair in pairs for text in pair}
-    forms = {grade.normalise_answer(text) for text in texts}
-    assert {form: grade.normalise_answer(form) for form in forms} == {form: form for form in forms}
-    verdicts = [verdict for verdict, _ in boxed(pairs)]
-    swapped = [verdict for verdict, _ in boxed([pair[::-1] for pair in pairs])]
-    sided = [pair for pair, x, y in zip(pairs, verdicts, swapped) if x != y]
-    assert sided == [("101_2", "101"), ("C", "c"), (r"\text{(A) 5}", "5"), ("a", "A")]
-    assert [verdict for verdict, _ in boxed(pairs[::-1])] == verdicts[::-1]
-
-
-@pytest.mark.parametrize("response, answer", [
-    ("<think>maybe \\boxed{7}? no.</think>\nThe answer is 8.", "8"),
-    ("<think>\\boxed{7}</think>\nI am done.", "7"),
-    ("The box is \\boxed{6}. Wait. \\boxed{}", None), ("\\boxed{5} hmm, so \\boxed{", None),
-    ("The answer is 10. I know where the answer is not given", "10"),
-    ("The answer is 72, in total, so he earns that.", "72"),
-    ("The answer is 3, 5 and 7.", "3, 5 and 7"),
-    ("the answer is x = 3, y = 4", "x = 3, y = 4"), ("The answer is 8 (eight).", "8"),
-    ("**Answer: 25%** of the class", "25%"), ("### Final Answer:\n- 8", "8"),
-    ("<answer> 5 </answer> is it", "5"), ("\x08oxed{5}", "5")])
-def test_where_the_answer_is(response, answer):
-    found = grade.extract_answer(response)
-    assert (found and found.strip()) == answer
-
-
-def test_terminal(tmp_path, capsys):
-    grade.main([r"It is \boxed{\frac{3}{6}\text{ cups}}.", "1/2"])
-    printed = capsys.readouterr().out
-    assert r"normal form '\\frac{3}{6}'; gold '1/2'" in printed
-    assert "True: equal for math-verify" in printed
-    records = [{"response": "\\boxed{5}", "answer": "5", "correct": True},
-               {"response": "\\boxed{6}", "answer": "5", "correct": True}]
-    path = tmp_path / "samples.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    before = path.read_text()
-    grade.main(["--regrade", str(tmp_path)])
-    line, = capsys.readouterr().out.splitlines()
-    assert "'6'" in line and "False: different integer; before: True" in line
-    assert path.read_text() == before
-    with pytest.raises(SystemExit, match="error: two arguments are needed, 1 were given"):
-        grade.main(["5"])
