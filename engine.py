@@ -181,7 +181,7 @@ class HFEngine(Engine):
         lengths = (ids >= 0).sum(1)
         drawn = [torch.rand(limit, generator=torch.Generator().manual_seed(seeds[i])) for i in rows]
         uniforms = torch.stack(drawn).to(device)  # (B, limit)
-        rows = [(i, [], []) for i in rows]  # tokens and log-probs so far
+        written = [(i, [], []) for i in rows]  # tokens and log-probs so far
         cache = DynamicCache(config=self.decoder.config)
         hidden = self._advance(ids.clamp(min=0), lengths, cache)[copies]  # (B, H)
         cache.batch_select_indices(copies)
@@ -190,20 +190,20 @@ class HFEngine(Engine):
             logits = (hidden @ head.T).float()
             tokens, logps = sample_tokens(logits, uniforms[:, step], sampling)
             unfinished = []
-            for b, (row, token, logp) in enumerate(zip(rows, tokens.tolist(), logps.tolist())):
-                row[1].append(token)
-                row[2].append(logp)
+            for b, (own, token, logp) in enumerate(zip(written, tokens.tolist(), logps.tolist())):
+                own[1].append(token)
+                own[2].append(logp)
                 if on_token:
-                    on_token(row[0], token)
+                    on_token(own[0], token)
                 stopped = token in sampling.stop_ids
                 if stopped or step + 1 == limit:
-                    yield *row, "stop" if stopped else "length"
+                    yield *own, "stop" if stopped else "length"
                 else:
                     unfinished.append(b)
             if not unfinished:
                 return
-            if len(unfinished) < len(rows):
-                rows = [rows[b] for b in unfinished]
+            if len(unfinished) < len(written):
+                written = [written[b] for b in unfinished]
                 stay = torch.tensor(unfinished, device=device)
                 tokens, lengths, uniforms = tokens[stay], lengths[stay], uniforms[stay]
                 cache.batch_select_indices(stay)

@@ -38,8 +38,8 @@ def grade_all(pairs, seconds=5.0):
     [(verdict, reason)] for pairs (response, gold answer), all of them texts.
 
     The verdict is True, False, or None = ungraded: comparing took longer than `seconds` or crashed.
-    Equal texts and integers are decided here, all else by math-verify in worker processes. Raises
-    UserError where math-verify is needed and cannot be imported.
+    Texts, integers, letters and words are decided here, all else in worker processes, which need
+    math-verify: UserError where it cannot be imported.
     """
     results = [_compare(extract_answer(response) or "", _last_box(gold) or gold)
                for response, gold in pairs]

@@ -398,9 +398,7 @@ def main(argv):
     eval_sampling = Sampling(cfg.eval_max_new_tokens, stops, cfg.eval_temperature, cfg.eval_top_p)
     longest = max(map(len, prompts + [prompt for _, prompt in held_out]))
     longest += max(cfg.max_new_tokens, cfg.eval_max_new_tokens)
-    engine = make_engine(
-        cfg.engine, cfg, student, dtype, vocab_size, longest
-    )
+    engine = make_engine(cfg.engine, cfg, student, dtype, vocab_size, longest)
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=cfg.learning_rate, fused=True, weight_decay=cfg.weight_decay
     )

@@ -303,8 +303,7 @@ def main(argv):
         model.config.max_position_embeddings, vocab_size,
     )
     longest = max(map(len, prompts.values())) + cfg.max_new_tokens
-    engine = make_engine(
-        cfg.engine, cfg, model, dtype, vocab_size, longest, sleeps=False)
+    engine = make_engine(cfg.engine, cfg, model, dtype, vocab_size, longest, sleeps=False)
 
     # 2. what is to be done: every (prompt, sample) that no shard holds
     settings = settings_of(cfg, engine, tokenizer, stops, problems)

@@ -490,9 +490,11 @@ def make_engines(cfg, models, data):
     process to sleep, so where the teacher writes the prefixes it has vLLM, and the student's
     evaluations use transformers.
     """
-    kinds = {"student": cfg.engine, "teacher": "hf"}
+    kinds = {"student": cfg.engine}
     if response_source(cfg) == "teacher":
-        kinds = {"student": "hf", "teacher": kinds["student"]}
+        kinds = {"student": "hf", "teacher": cfg.engine}
+    elif cfg.eval_teacher:
+        kinds["teacher"] = "hf"
     prompts = data.prompts + [prompt for _, prompt in data.held_out]
     longest = max(map(len, prompts), default=0) + max(ladder(cfg)[-1], cfg.eval_max_new_tokens)
     return {
@@ -500,7 +502,6 @@ def make_engines(cfg, models, data):
             kind, cfg, getattr(models, name), models.dtype, models.vocab_size, longest
         )
         for name, kind in kinds.items()
-        if getattr(models, name)
     }
 
 

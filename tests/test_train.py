@@ -819,3 +819,15 @@ def test_command_line():
     assert failed.returncode == 1
     assert failed.stderr == ("error: no config file configs/toy_odp.py; those of this repository "
                              "are in configs/\n")
+
+
+@pytest.mark.parametrize("options, kinds", [
+    ((), {"student": "vllm"}), (("--eval_teacher",), {"student": "vllm", "teacher": "hf"}),
+    (("--prefix=teacher", "--eval_teacher"), {"student": "hf", "teacher": "vllm"})])
+def test_who_has_an_engine(monkeypatch, options, kinds):
+    """A model that never writes has none, so none is announced."""
+    monkeypatch.setattr(train_distill, "make_engine", lambda kind, *_: kind)
+    cfg = utils.load_config(train_distill.Config, ["--engine=vllm", *options])
+    models = train_distill.Models("student", "teacher", *[None] * 7)
+    data = train_distill.Data([], [[1, 2]])
+    assert train_distill.make_engines(cfg, models, data) == kinds
