@@ -485,12 +485,13 @@ def main(args):
 
 def regrade(folder):
     """Print what grading the samples of a finished evaluation anew would change."""
+    from utils import read_lines
+
     try:
-        with open(f"{folder}/samples.jsonl") as file:
-            samples = map(json.loads, file)
-            records = [sample for sample in samples if sample["answer"] is not None]
+        samples = read_lines(f"{folder}/samples.jsonl")
     except OSError as error:
         sys.exit(f"--regrade takes the out_dir of an evaluation: {error}")
+    records = [sample for sample in samples if sample["answer"] is not None]
     results = grade_all([(old["response"], old["answer"]) for old in records])
     changes = Counter()
     for old, (verdict, reason) in zip(records, results):
