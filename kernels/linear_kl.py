@@ -266,7 +266,7 @@ def _chunks(N, V, device):
 
 def _buffers(count, chunks, V, like, dtype):
     """Memory for the logits of one chunk, `count` times; the next chunk uses it again."""
-    rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
+    rows = chunks[0].stop if chunks else 0               # no other is larger
     return [like.new_empty(rows, V, dtype=dtype) for _ in range(count)]
 
 

@@ -24,6 +24,7 @@ from kernels.linear_kl import (
     _check,
     _chunks,
     _head,
+    _log_softmax_,
     _mm,
     _on_triton,
     _show,
@@ -35,10 +36,11 @@ from kernels.linear_kl import (
 # ---------------------------------------------------------------------- the row maths, in Triton
 
 @jit
-def _logp_kernel(z_ptr, ids_ptr, stats_ptr, V, stats_stride, BLOCK: tl.constexpr):
+def _logp_kernel(z_ptr, out_ptr, ids_ptr, grad_ptr, V, out_stride,
+                 GRAD: tl.constexpr, BLOCK: tl.constexpr):
     """
-    One token a program. Reads the logits (C, V) in fp32; writes log q[id], H(q), max z and
-    log sum exp(z - max z) to stats (4, C).
+    One token a program. Reads the logits (C, V) in fp32. Writes log q[id] and H(q) to out (2, C);
+    where GRAD a row of dZ (C, V) = onehot(id) - q, times the token's upstream gradient, instead.
     """
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * V
@@ -55,68 +57,50 @@ def _logp_kernel(z_ptr, ids_ptr, stats_ptr, V, stats_stride, BLOCK: tl.constexpr
         m = n
     log_s = tl.log(s)
     chosen = tl.load(ids_ptr + row)
-    in_range = (chosen >= 0) & (chosen < V)
-    z = tl.load(z_ptr + chosen, mask=in_range, other=float("nan"))
-    tl.store(stats_ptr + row, z - m - log_s)
-    tl.store(stats_ptr + row + stats_stride, log_s - ex / s)
-    tl.store(stats_ptr + row + 2 * stats_stride, m)
-    tl.store(stats_ptr + row + 3 * stats_stride, log_s)
-
-
-@jit
-def _logp_grad_kernel(z_ptr, dz_ptr, ids_ptr, grad_ptr, stats_ptr, V, stats_stride,
-                      BLOCK: tl.constexpr):
-    """dZ (C, V) = onehot(id) - q, times the upstream gradient of the token."""
-    row = tl.program_id(0).to(tl.int64)
-    m = tl.load(stats_ptr + row + 2 * stats_stride)
-    log_s = tl.load(stats_ptr + row + 3 * stats_stride)
-    grad = tl.load(grad_ptr + row)
-    chosen = tl.load(ids_ptr + row)
-    for start in range(0, V, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        z = tl.load(z_ptr + row * V + cols, mask=cols < V, other=-1e30)
-        dz = grad * (tl.where(cols == chosen, 1.0, 0.0) - tl.exp(z - m - log_s))
-        tl.store(dz_ptr + row * V + cols, dz.to(dz_ptr.dtype.element_ty), mask=cols < V)
+    if GRAD:
+        grad = tl.load(grad_ptr + row)
+        for start in range(0, V, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            z = tl.load(z_ptr + cols, mask=cols < V, other=-1e30)
+            dz = grad * (tl.where(cols == chosen, 1.0, 0.0) - tl.exp(z - m - log_s))
+            dz = dz.to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + row * out_stride + cols, dz, mask=cols < V)
+    else:
+        in_range = (chosen >= 0) & (chosen < V)
+        z = tl.load(z_ptr + chosen, mask=in_range, other=float("nan"))
+        tl.store(out_ptr + row, z - m - log_s)
+        tl.store(out_ptr + row + out_stride, log_s - ex / s)
 
 
 # ------------------------------------------------------------------ the row maths, Triton or torch
 
-def _logp_rows(z, token_ids, stats):
+def _logp_rows(z, token_ids, stats, grad=None, dtype=None):
     """
-    Fills stats (4, C) from the logits z (C, V) of a chunk, which are overwritten: log q[id], H(q),
-    and what the gradient needs again, max z and log sum exp(z - max z).
+    From the logits z (C, V) of a chunk, which are overwritten: log q[id] and H(q) into stats
+    (2, C); or, given the upstream gradient (C,), dZ (C, V), which is returned: a new tensor in
+    `dtype` or, on a CPU, z.
     """
     C, V = z.shape
     if _on_triton(z):
-        _logp_kernel[(C,)](z, token_ids, stats, V, stats.stride(0), **_block(V))
-        return
-    chosen = z.gather(-1, token_ids[:, None]).squeeze(-1)
-    logp, entropy, maximum, log_sum = stats
-    rows = max(1, CPU_BLOCK // V)                        # handled together
+        out = stats if grad is None else torch.empty_like(z, dtype=dtype)
+        _logp_kernel[(C,)](
+            z, out, token_ids, z if grad is None else grad, V, out.stride(0),
+            GRAD=grad is not None, **_block(V))
+        return out
+    rows = max(1, min(C, CPU_BLOCK // V))                # handled together
+    room = torch.empty_like(z[:rows])
     for i in range(0, C, rows):
-        block = slice(i, i + rows)
-        x = z[block]
-        m = x.amax(-1, keepdim=True)
-        e = x.sub_(m).exp()
-        s = e.sum(-1)
-        maximum[block] = m.squeeze(-1)
-        log_sum[block] = s.log()
-        entropy[block] = s.log() - x.mul_(e).sum(-1) / s
-    logp.copy_(chosen - maximum - log_sum)
-
-
-def _logp_grad_rows(z, token_ids, grad, stats, dtype):
-    """dZ (C, V) of log q[id], times the upstream gradient (C,). On a CPU it replaces z."""
-    C, V = z.shape
-    if _on_triton(z):
-        dz = torch.empty_like(z, dtype=dtype)
-        _logp_grad_kernel[(C,)](
-            z, dz, token_ids, grad, stats, V, stats.stride(0), **_block(V))
-        return dz
-    maximum, log_sum = stats[2:, :, None]                # (C, 1) each
-    grad = grad[:, None]
-    q = z.sub_(maximum).sub_(log_sum).exp_()
-    return q.mul_(-grad).scatter_add_(-1, token_ids[:, None], grad)
+        block = slice(i, i + rows)                       # the last one may be smaller
+        q = room[:C - i]
+        ids = token_ids[block, None]
+        log_q = _log_softmax_(z[block], 1, q)            # takes the place of z
+        if grad is None:
+            stats[0, block] = log_q.gather(-1, ids).squeeze(-1)
+            stats[1, block] = q.mul_(log_q).sum(-1).neg_()
+        else:
+            factor = grad[block, None]
+            torch.mul(q, -factor, out=log_q).scatter_add_(-1, ids, factor)
+    return z
 
 
 # --------------------------------------------------------------------------- the autograd function
@@ -126,38 +110,37 @@ class _LinearLogp(torch.autograd.Function):
     def forward(ctx, h, W, token_ids):
         N, V = len(h), len(W)
         head = _head(W, V, h.dtype)
-        stats = h.new_empty(4, N, dtype=_wide(h.dtype))
+        stats = h.new_empty(2, N, dtype=_wide(h.dtype))
         chunks = _chunks(N, V, h.device)
         room, = _buffers(1, chunks, V, h, stats.dtype)
         for rows in chunks:
             z = _mm(h[rows], head.T, room[:rows.stop - rows.start])      # (C, V)
             _logp_rows(z, token_ids[rows], stats[:, rows])
-        ctx.save_for_backward(h, W, token_ids, stats)
-        logps = stats[0].clone()                         # stats is kept, and must not change
-        entropy = stats[1].clone()
+        ctx.save_for_backward(h, W, token_ids)
+        logps, entropy = map(torch.clone, stats)
         ctx.mark_non_differentiable(entropy)
         return logps, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logps, _):
-        h, W, token_ids, stats = ctx.saved_tensors
+        h, W, token_ids = ctx.saved_tensors
         N, V = len(h), len(W)
+        wide = _wide(h.dtype)
         head = _head(W, V, h.dtype)
         grad_logps = grad_logps.contiguous()
         want_dh, want_dW = ctx.needs_input_grad[:2]
         dh = torch.empty_like(h) if want_dh else None
-        dW = torch.empty_like(W, dtype=stats.dtype) if want_dW else None
+        dW = torch.empty_like(W, dtype=wide) if want_dW else None
         if want_dW and not N:
             dW.zero_()                                   # else the first chunk overwrites it
         chunks = _chunks(N, V, h.device)
-        room, = _buffers(1, chunks, V, h, stats.dtype)
+        room, = _buffers(1, chunks, V, h, wide)
         for rows in chunks:
             z = _mm(h[rows], head.T, room[:rows.stop - rows.start])
-            dz = _logp_grad_rows(
-                z, token_ids[rows], grad_logps[rows], stats[:, rows], h.dtype)
+            dz = _logp_rows(z, token_ids[rows], None, grad_logps[rows], h.dtype)
             if want_dh:
-                dh[rows] = _mm(dz, head, torch.empty_like(h[rows], dtype=stats.dtype))
+                dh[rows] = _mm(dz, head, torch.empty_like(h[rows], dtype=wide))
             if want_dW:
                 _add_mm_(dW, dz.T, h[rows], first=rows.start == 0)
         return dh, dW.to(W.dtype) if want_dW else None, None
