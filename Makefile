@@ -55,6 +55,11 @@ test: lint .venv/installed-vllm
 test-all: lint .venv/installed-vllm
 	$(BIN)/python -m pytest -m ""
 
+# On a machine with a GPU, of which it takes one or two: what cannot be tested without, with vLLM.
+test-gpu: lint
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[vllm]"
+	CUDA_VISIBLE_DEVICES=0,1 $(BIN)/python -m pytest -rs tests/test_gpu.py tests/test_kernels.py
+
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 
@@ -114,4 +119,4 @@ $(BIN)/python:
 		$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec; fi
 	@touch $@
 
-.PHONY: demo rl-demo cells paper-toy real real-cells real-pruned test test-all lint bench bench-ranks chaos results general venv
+.PHONY: demo rl-demo cells paper-toy real real-cells real-pruned test test-all test-gpu lint bench bench-ranks chaos results general venv

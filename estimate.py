@@ -22,7 +22,7 @@ Memory of one GPU; `size` is 2 bytes in bf16 and 4 in fp32, n the number of the 
 fsdp divides the models by the number of GPUs and gathers embedding, head, a layer and the next one.
 CUDA, NCCL and the graphs of vLLM take some GB more.
 
-FLOPs of a step on all GPUs together, F being one forward (`engine.forward_flops`): F of the writer
+FLOPs of a step on all GPUs together, F being one forward (`models.forward_flops`): F of the writer
 for the responses, F of teacher or reference, 3 F of the student for each update (4 F with gradient
 checkpointing), 2 V H_t a response token for the LM head of a teacher with cached states.
 """
@@ -36,10 +36,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import rl_grpo
 import train_distill
-from engine import forward_flops
 from kernels.linear_kl import CHUNK_BYTES
+from models import forward_flops, model_folder
 from trajectories import Trajectories
-from utils import UserError, first_line, load_config, model_folder, run
+from utils import UserError, first_line, load_config, run
 
 PROMPT = 92                          # tokens of a prompt: the mean in the paper (appendix H.1)
 

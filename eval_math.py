@@ -38,25 +38,21 @@ from data.problems import (
     tokenizer_revision,
     usable_prompts,
 )
-from engine import (
-    Sampling,
-    fingerprint,
-    make_engine,
-    model_revision,
-    stop_ids,
-)
+from engine import Sampling, make_engine
 from grade import respond, summarise, verdicts_by_problem
+from models import lm_head, load_model, model_revision, stop_ids
 from utils import (
     RANK,
     WORLD,
     UserError,
     barrier,
     check_ranges,
+    end_on_fault,
+    fingerprint,
     init_processes,
-    lm_head,
     load_config,
-    load_model,
     lock,
+    must_match,
     print_config,
     read_lines,
     run,
@@ -97,7 +93,7 @@ class Config:
 
     engine: Literal["auto", "hf", "vllm"] = "auto"      # hf: transformers; auto: vllm on a GPU
     rollout_rows: int = 32                              # responses that hf decodes together
-    kv_cache_gb: float = 16.0                           # of vllm
+    kv_cache_gb: float = 40.0                           # of vllm, on a GPU of 80 GB
     rollout_timeout: float = 600.0                      # seconds without a response: it hangs
     max_logprob_gap: float | None = None                # nats; None: as make_engine has it
     max_tokens_per_microbatch: int = 16384              # padded tokens of a forward (entropies)
@@ -186,10 +182,8 @@ def check_folder(cfg, settings):
         raise UserError(f"out_dir={cfg.out_dir!r} exists and is no evaluation; "
                         "choose another name")
     old = json.loads(path.read_text())
-    for key, value in settings.items():
-        if not cfg.overwrite and old.get(key) != value:
-            raise UserError(f"{folder} was evaluated with {key}={old.get(key)!r}, not {value!r}; "
-                            "choose another out_dir, or --overwrite")
+    if not cfg.overwrite:
+        must_match(old, settings, folder, "choose another out_dir, or --overwrite")
 
 
 def merge_samples(folder, names):
@@ -219,7 +213,7 @@ def interval(values, seed, resamples=10000):
         return None
     values = np.asarray(values)
     rng = np.random.default_rng(seed)
-    means = [rng.choice(values, len(values)).mean() for _ in range(resamples)]
+    means = rng.choice(values, (resamples, len(values))).mean(1)
     return np.percentile(means, [2.5, 97.5]).tolist()
 
 
@@ -271,10 +265,11 @@ def main(argv):
                    if (name, index, sample) not in done]
         pairs = missing[RANK::WORLD]
         for first in tqdm(range(0, len(pairs), cfg.window), name, disable=RANK > 0 or None):
-            records = respond(engine, tokenizer, problems, prompts[name],
-                              pairs[first:first + cfg.window], sampling, cfg.seed)
+            records, gaps = respond(engine, tokenizer, problems, prompts[name],
+                                    pairs[first:first + cfg.window], sampling, cfg.seed)
             write_lines(out_dir / f"samples_{RANK:03d}.jsonl",
-                        [{"benchmark": name, **record} for record in records])
+                        [{"benchmark": name, **record, **gaps} for record in records])
+            end_on_fault()
     barrier()
     if RANK > 0:
         return
@@ -301,7 +296,6 @@ def main(argv):
         "config": dataclasses.asdict(cfg),
         "versions": {"python": platform.python_version(), **versions},
         "device": device.type,
-        "responses_of_this_run": len(records) - len(done),
     }
     write_lines(out_dir / "results.json", [report], mode="w")
     print_table(results)

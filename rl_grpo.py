@@ -24,6 +24,7 @@ draws from another distribution: r and c then correct for updates and for the tw
 that. N response tokens are in a micro-batch; P prompts x G responses are in a step.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,39 +42,39 @@ from data.problems import (
     usable_prompts,
     warn_of_overlap,
 )
-from engine import (
-    Sampling,
-    fingerprint,
-    forward_flops,
-    make_engine,
-    model_revision,
-    score,
-    stop_ids,
-)
+from engine import Sampling, make_engine, score
 from grade import evaluate, grade_all
 from kernels import linear_logp
+from models import (
+    forward_flops,
+    lm_head,
+    load_checkpoint,
+    load_model,
+    microbatches,
+    model_revision,
+    response_hidden,
+    sequence_length,
+    stop_ids,
+)
 from utils import (
     WORLD,
     Timer,
     all_reduce,
     catch_signals,
     check_ranges,
-    end_on_signal,
+    end_early,
+    fingerprint,
     init_processes,
-    lm_head,
-    load_checkpoint,
     load_config,
-    load_model,
     log_evaluation,
     log_step,
-    microbatches,
     open_run,
     print0,
     require,
-    response_hidden,
     run,
     save_checkpoint,
     start_run,
+    sum_over_ranks,
     update,
 )
 
@@ -133,7 +134,7 @@ class Config:
     kv_cache_gb: float = 16.0  # of vLLM; it is given back while the trainer computes
     rollout_timeout: float = 600.0  # seconds without a finished response before vLLM is given up
     check_sync_every: int = 50  # steps between comparisons of the engine's log-probs with ours
-    max_logprob_gap: float | None = None  # nats; None: bf16 0.05, fp32 1e-4, on a GPU 1e-2
+    max_logprob_gap: float | None = None  # nats; None: bf16 0.1, fp32 1e-4, on a GPU 1e-2
     chat_template_kwargs: dict | None = None  # None: as stored, else {"enable_thinking": False}
 
 
@@ -257,7 +258,7 @@ def share_rewards(cfg, batch, tokenizer):
 
 class MicroBatch:
     """
-    sequences: (prompt ids, response ids). The rest are tensors (N,), a number for each response
+    sequences: the responses. The rest are tensors (N,), a number for each response
     token:
         targets               its id
         sampler_logps         its log-prob by the engine that sampled it
@@ -267,7 +268,7 @@ class MicroBatch:
     """
 
     def __init__(self, responses, advantages, divided_by, device):
-        self.sequences, rows = [r[:2] for r in responses], []
+        self.sequences, rows = responses, []
         lengths = [len(r.tokens) for r in responses]
         for r, weight in zip(responses, token_weights(lengths, *divided_by)):
             for token, logp in zip(r.tokens, r.logps):
@@ -275,55 +276,58 @@ class MicroBatch:
         targets, *rest = torch.tensor(rows, device=device).T  # fp32 is exact for ids below 2 ** 24
         self.targets, self.old_logps, self.ref_logps = targets.long(), None, None
         self.sampler_logps, self.advantages, self.weights = rest
+        self.weights[~self.sampler_logps.isfinite()] = 0  # the sampler may be at its numbers' end
 
 
 def micro_loss(cfg, micro, logps):
     """
-    (the loss of a micro-batch, [sum of k3, number of clipped tokens, sum of c],
-    [max r, max |log q_old / q_sampler|]), all over its tokens.
+    (the loss of a micro-batch, [sum of k3, number of clipped tokens, sum of c, sum of the gap],
+    [max r, max gap]), all over its tokens; gap = |log q_old / q_sampler|.
     """
     loss, ratio, was_clipped = clipped_loss(
         logps, micro.old_logps, micro.advantages, cfg.clip_low, cfg.clip_high
     )
     correction = torch.ones_like(loss)
+    log_ratio = torch.where(micro.weights > 0, micro.old_logps - micro.sampler_logps, 0)
     if cfg.importance_cap is not None:
-        correction = torch.exp(micro.old_logps - micro.sampler_logps).clamp(max=cfg.importance_cap)
+        correction = torch.exp(log_ratio).clamp(max=cfg.importance_cap)
     kl = torch.zeros_like(loss) if micro.ref_logps is None else k3(logps, micro.ref_logps)
     loss = correction * loss
     if cfg.kl_coef:  # 0 x infinity is NaN, and switched off it needs no gradient
         loss = loss + cfg.kl_coef * kl
-    gap = (micro.old_logps - micro.sampler_logps).abs().max()
-    sums = kl.detach().sum(), was_clipped.sum(), correction.sum()
-    return (micro.weights * loss).sum(), sums, torch.stack([ratio.max(), gap])
+    gap = log_ratio.abs()
+    sums = kl.detach().sum(), was_clipped.sum(), correction.sum(), gap.sum()
+    return (micro.weights * loss).sum(), sums, torch.stack([ratio.max(), gap.max()])
 
 
 # -------------------------------------------------------------------------------- a step in numbers
 
 
-def count_tokens_and_flops(responses, batch, models):
+def count_tokens_and_flops(cfg, responses, batch, models):
     """
-    Over all ranks: tokens of all responses and of the `batch` in the loss; FLOPs of a forward over
-    all responses ("sampled_flops"), and of each model over the batch.
+    Over all ranks: tokens of all responses and of the `batch` in the loss, log-probs that are not
+    finite, and FLOPs: sampling, the reference, and three forwards for each update.
     """
+    lengths = [*map(sequence_length, batch)]
+    flops = forward_flops(models["student"], [*map(sequence_length, responses)])
+    flops += 3 * cfg.updates_per_batch * forward_flops(models["student"], lengths)
+    if "reference" in models:
+        flops += forward_flops(models["reference"], lengths)
     own = {
         "tokens": sum(len(r.tokens) for r in responses),
         "loss_tokens": sum(len(r.tokens) for r in batch),
-        "reference_flops": 0,
+        "nonfinite_logps": sum(not math.isfinite(logp) for r in responses for logp in r.logps),
+        "tflops": flops / 1e12,
     }
-    for name, rows in {"sampled": responses, **dict.fromkeys(models, batch)}.items():
-        lengths = [len(r.prompt) + len(r.tokens) for r in rows]
-        own[f"{name}_flops"] = forward_flops(models.get(name, models["student"]), lengths)
-    return dict(zip(own, all_reduce(torch.tensor([*own.values()], dtype=torch.float64)).tolist()))
+    return sum_over_ranks(own)
 
 
 def metrics_row(cfg, state, rewards, truncated, in_loss, totals, sums, largest):
-    """FLOPs: sampling, the reference, and three forwards for each update."""
-    updates, tokens = cfg.updates_per_batch, max(1, totals["loss_tokens"])
-    spent = totals["sampled_flops"] + totals["reference_flops"]
-    spent += 3 * updates * totals["student_flops"]
-    state["tflops"] += spent / 1e12
-    loss, *means = (x / updates for x in sums)
-    entropy, kl, clip_share, correction = (x / tokens for x in means)
+    """The numbers of a step for the log, and all FLOPs so far."""
+    tokens = max(1, totals["loss_tokens"])
+    state["tflops"] += totals["tflops"]
+    loss, *means = (x / cfg.updates_per_batch for x in sums)
+    entropy, kl, clip_share, correction, gap = (x / tokens for x in means)
     reward = rewards.nanmean()  # NaN without a verdict
     equal = (group_advantages(rewards) == 0).all(1)
     return {
@@ -337,7 +341,9 @@ def metrics_row(cfg, state, rewards, truncated, in_loss, totals, sums, largest):
         "clip_fraction": clip_share,
         "importance_weight": correction,
         "ratio_max": largest[0],
+        "logprob_gap_mean": gap,
         "logprob_gap_max": largest[1],
+        "nonfinite_logps": totals["nonfinite_logps"],
         "mean_length": totals["tokens"] / len(truncated),
         "truncated_share": truncated.double().mean().item(),
         "tokens": int(totals["tokens"]),
@@ -416,7 +422,7 @@ def main(argv):
 
     for step in range(start_step, cfg.max_steps + 1):  # trained so far; the last only evaluates
         state["step"] = step
-        end_on_signal(save, step)
+        end_early(save, step)
         engine.sync()
 
         # 0. evaluation, checkpoint. A resumed run has done these already at its first step.
@@ -436,9 +442,10 @@ def main(argv):
         timer = Timer(device)
         slots = deal(len(prompts), step, cfg.prompts_per_step, cfg.seed, cfg.group_size)
         asked = [prompts[i] for _, i, _ in slots]
-        rollouts, gaps = engine.generate(asked, sampling, [seed for _, _, seed in slots]), {}
-        if step == start_step or step % cfg.check_sync_every == 0:
-            _, gaps = score(engine, asked, rollouts)
+        rollouts = engine.generate(asked, sampling, [seed for _, _, seed in slots])
+        if step <= start_step + 1 or step % cfg.check_sync_every == 0:
+            score(engine, asked, rollouts)
+            end_early(save, step)
         responses = [
             Sampled(prompts[i], tokens, logps, reason == "length", place, golds[i])
             for (place, i, _), (tokens, logps, reason) in zip(slots, rollouts)
@@ -456,18 +463,17 @@ def main(argv):
         advantages = group_advantages(rewards, cfg.scale_rewards).flatten().tolist()
         in_loss = ~rewards.flatten().isnan() & ~(truncated & cfg.mask_truncated)
         batch = [response for response in responses if in_loss[response.place]]
-        totals = count_tokens_and_flops(responses, batch, models)
-        constant = len(truncated) * cfg.max_new_tokens
-        divided_by = in_loss.sum().item(), totals["loss_tokens"], cfg.loss_type, constant
-        lengths = [len(response.prompt) + len(response.tokens) for response in batch]
+        totals = count_tokens_and_flops(cfg, responses, batch, models)
+        divided_by = (in_loss.sum().item(), totals["loss_tokens"], cfg.loss_type,
+                      len(truncated) * cfg.max_new_tokens)
         micros = [
-            MicroBatch([batch[i] for i in picked], advantages, divided_by, device)
-            for picked in microbatches(lengths, cfg.max_tokens_per_microbatch)
+            MicroBatch(micro, advantages, divided_by, device)
+            for micro in microbatches(batch, cfg.max_tokens_per_microbatch)
         ]
         timer.lap("reward")
 
         # 3. updates_per_batch times: loss and gradient of the batch, sum over ranks, clip, step
-        own_sums = torch.zeros(5, device=device)  # loss; over tokens: H(q), k3, clipped, c
+        own_sums = torch.zeros(6, device=device)  # loss; over tokens: H(q), k3, clipped, c, gap
         largest = torch.tensor([1.0, 0.0], device=device)  # r, |log q_old / q_sampler|
         grad_norm = 0.0
         for _ in range(cfg.updates_per_batch if totals["loss_tokens"] else 0):
@@ -495,7 +501,6 @@ def main(argv):
             "step": step + 1,
             "grad_norm": grad_norm,
             "learning_rate": optimizer.param_groups[0]["lr"],
-            **gaps,
             **timer,
             "tokens_per_second": totals["tokens"] / timer["seconds"],
         }
@@ -506,6 +511,7 @@ def main(argv):
                 f"ungraded {row['ungraded']}, cut {row['truncated_share']:.0%}"
             )
 
+    end_early(save, step)
     print0(
         f"done: {cfg.out_dir}/last; `python plot.py {cfg.out_dir}` draws the curves and prints "
         f"a table"

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 from data.problems import (
     encode_chat,
@@ -31,15 +30,8 @@ from data.problems import (
     tokenizer_revision,
     usable_prompts,
 )
-from engine import (
-    HFEngine,
-    Sampling,
-    fingerprint,
-    make_engine,
-    model_revision,
-    score,
-    stop_ids,
-)
+from engine import HFEngine, Sampling, make_engine, progress, score
+from models import lm_head, load_model, microbatches, model_revision, response_hidden, stop_ids
 from trajectories import SHARDS, Sampled, finished, write_shard
 from utils import (
     RANK,
@@ -48,15 +40,13 @@ from utils import (
     barrier,
     check_ranges,
     derive_seed,
+    end_on_fault,
+    fingerprint,
     init_processes,
-    lm_head,
     load_config,
-    load_model,
     lock,
-    microbatches,
     print0,
     print_config,
-    response_hidden,
     run,
 )
 
@@ -95,10 +85,10 @@ class Config:
                                             # on the terminal it is always transformers
     rollout_rows: int = 64                  # responses decoded together; for engine="hf" this
                                             # bounds the memory of the KV cache
-    kv_cache_gb: float = 16.0               # of vLLM
+    kv_cache_gb: float = 40.0               # of vLLM, on a GPU of 80 GB
     rollout_timeout: float = 600.0          # seconds without a finished response until the end
     max_logprob_gap: float | None = None    # nats, mean over tokens, between the log-probs of the
-                                            # engine and the model; None: 0.05 in bf16, 1e-4 in fp32
+                                            # engine and the model; None: 0.1 in bf16, 1e-4 in fp32
 
     # instead of writing anything
     prompt: str | None = None               # answer this on the terminal
@@ -155,11 +145,7 @@ def talk(engine, tokenizer, sampling, seed):
 
         asked = [*messages, {"role": "user", "content": text}]
         turn_seed = derive_seed(seed, "chat", len(asked))
-        try:
-            response = answer(engine, tokenizer, asked, sampling, turn_seed)
-        except UserError as error:
-            print(f"error: {error}, or begin a new conversation", file=sys.stderr)
-            continue
+        response = answer(engine, tokenizer, asked, sampling, turn_seed)
         messages = [*asked, {"role": "assistant", "content": response}]
 
 
@@ -201,8 +187,7 @@ def prepare_folder(out_dir, tokenizer, overwrite):
     if RANK == 0:
         lock(out_dir)
         for path in out_dir.glob(f"{SHARDS}.*"):
-            whole = path.with_suffix(".safetensors").exists()       # false for a .tmp, too
-            if overwrite or not whole:
+            if overwrite or path.suffix == ".tmp":
                 path.unlink()
         tokenizer.save_pretrained(out_dir / "tokenizer")
     barrier()                               # and none writes before the folder is clean
@@ -211,22 +196,11 @@ def prepare_folder(out_dir, tokenizer, overwrite):
 # ------------------------------------------------------------------------------------- trajectories
 
 def responses(cfg, engine, sampling, prompts, pairs):
-    """
-    Write the response of each (prompt index, sample) in `pairs`; yields each as a Sampled when it
-    ends. The engine gets a window of them at a time, so memory does not grow with their number.
-    """
-    window = 16 * cfg.rollout_rows
-    bar = tqdm(None, "responses", len(pairs), disable=RANK > 0 or None)     # on a terminal only
-    tokens = 0
-    for first in range(0, len(pairs), window):
-        part = pairs[first:first + window]
-        asked = [prompts[i] for i, _ in part]
-        seeds = [derive_seed(cfg.seed, "sample", i, sample) for i, sample in part]
-        for k, *rollout in engine.stream(asked, sampling, seeds):
-            tokens += len(rollout[0])
-            bar.update()
-            bar.set_postfix_str(f"{tokens / max(1e-9, bar.format_dict['elapsed']):.0f} tokens/s")
-            yield Sampled(*part[k], asked[k], *rollout)
+    """Write the response of each (prompt index, sample) of `pairs`: a Sampled as each one ends."""
+    asked = [prompts[i] for i, _ in pairs]
+    seeds = [derive_seed(cfg.seed, "sample", i, sample) for i, sample in pairs]
+    for k, *rollout in engine.stream(asked, sampling, seeds):
+        yield Sampled(*pairs[k], asked[k], *rollout)
 
 
 def in_shards(cfg, token_bytes, rows):
@@ -247,30 +221,14 @@ def in_shards(cfg, token_bytes, rows):
 @torch.no_grad()
 def hidden_states(engine, rows, dtype):
     """The states that predict each row's response tokens: [(n, H_t)] in `dtype`, on the CPU."""
-    sequences = [(row.prompt, row.tokens) for row in rows]
-    lengths = [len(prompt) + len(tokens) for prompt, tokens in sequences]
+    sequences = [(row.prompt, row.tokens, i) for i, row in enumerate(rows)]
     states = {}
-    for batch in microbatches(lengths, engine.max_tokens):
-        micro = [sequences[b] for b in batch]
+    for micro in microbatches(sequences, engine.max_tokens):
         hidden = response_hidden(engine.model, micro, engine.dtype)                 # (N, H_t)
-        hidden = hidden.to("cpu", dtype)
-        parts = hidden.split([len(tokens) for _, tokens in micro])
-        states.update(zip(batch, parts))
-    return [states[b] for b in range(len(rows))]
-
-
-def readable(row, problem, tokenizer):
-    """A row with its text, for the .jsonl file beside the shard."""
-    stop = row.stop_reason
-    return {
-        "prompt_index": row.prompt_index,
-        "sample": row.sample,
-        "problem": problem["problem"],
-        "answer": problem["answer"],
-        "response": tokenizer.decode(row.tokens, skip_special_tokens=True),
-        "length": len(row.tokens),
-        "stop": tokenizer.decode(row.tokens[-1:]) if stop == "stop" else stop,
-    }
+        _, responses, places = zip(*micro)
+        parts = hidden.to("cpu", dtype).split([*map(len, responses)])
+        states.update(zip(places, parts))
+    return [states[i] for i in range(len(rows))]
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -331,17 +289,17 @@ def main(argv):
     probe = [prompts[i] for i, _ in mine[:8]]
     short = dataclasses.replace(sampling, max_new_tokens=min(64, cfg.max_new_tokens))
     score(engine, probe, engine.generate(probe, short, range(len(probe))))
+    end_on_fault()
 
     # 4. sample, and write a shard whenever one is full
     metadata = {"settings": json.dumps(settings), "model": cfg.model}
     number = 0                              # of this rank's next shard, where no file has it yet
-    sampled = responses(cfg, engine, sampling, prompts, mine)
+    sampled = progress(responses(cfg, engine, sampling, prompts, mine), len(mine))
     for rows in in_shards(cfg, token_bytes, sampled):
         hidden = hidden_states(engine, rows, hidden_dtype) if cfg.cache_hidden else []
-        lines = [readable(row, problems[row.prompt_index], tokenizer) for row in rows]
         while (path := out_dir / f"{RANK:03d}_{number:05d}.safetensors").exists():
             number += 1
-        write_shard(path, rows, hidden, metadata, lines)
+        write_shard(path, rows, hidden, metadata)
     # No barrier here: other ranks may be at work for longer than one waits.
     print0(
         f"done: {len(mine)} responses by this process; train on them with --prefix=teacher "

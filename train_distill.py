@@ -38,17 +38,20 @@ from data.problems import (
     usable_prompts,
     warn_of_overlap,
 )
-from engine import (
-    Sampling,
-    fingerprint,
-    forward_flops,
-    make_engine,
-    model_revision,
-    score,
-    stop_ids,
-)
+from engine import Sampling, make_engine, score
 from grade import evaluate
 from kernels import linear_kl, linear_logp
+from models import (
+    forward_flops,
+    lm_head,
+    load_checkpoint,
+    load_model,
+    microbatches,
+    model_revision,
+    response_hidden,
+    sequence_length,
+    stop_ids,
+)
 from trajectories import Response, Trajectories, load_head
 from utils import (
     RANK,
@@ -58,22 +61,19 @@ from utils import (
     all_reduce,
     catch_signals,
     check_ranges,
-    end_on_signal,
+    end_early,
+    fingerprint,
     init_processes,
-    lm_head,
-    load_checkpoint,
     load_config,
-    load_model,
     log_evaluation,
     log_step,
-    microbatches,
     open_run,
     print0,
     require,
-    response_hidden,
     run,
     save_checkpoint,
     start_run,
+    sum_over_ranks,
     update,
 )
 
@@ -129,7 +129,7 @@ class Config:
     kv_cache_gb: float = 16.0  # of vLLM; it is given back while the trainer computes
     rollout_timeout: float = 600.0  # seconds without a finished response before vLLM is given up
     check_sync_every: int = 50  # steps between comparisons of the engine's log-probs with ours
-    max_logprob_gap: float | None = None  # nats; None: bf16 0.05, fp32 1e-4, on a GPU 1e-2
+    max_logprob_gap: float | None = None  # nats; None: bf16 0.1, fp32 1e-4, on a GPU 1e-2
     chat_template_kwargs: dict | None = None  # None: as stored, else {"enable_thinking": False}
     # processes (torchrun)
     fsdp: bool = False  # shard student and teacher over them; else each holds both whole
@@ -214,7 +214,9 @@ def get_responses(cfg, slots, horizon, data, models, engines, check):
         batch = [data.responses[i] for i in indices]
     else:
         engine, prompts = engines[source], [data.prompts[i] for i in indices]
-        sampling = Sampling(horizon, models.stops[source], cfg.temperature, cfg.top_p, cfg.top_k)
+        sampling = Sampling(
+            horizon, models.stops[source], cfg.temperature, cfg.top_p, cfg.top_k, check
+        )
         rollouts = engine.generate(prompts, sampling, seeds)
         if check:
             _, gaps = score(engine, prompts, rollouts)
@@ -257,7 +259,7 @@ def teacher_hidden(models, micro):
         cached = [response.hidden.to(models.head_p) for response in micro if response.tokens]
         return torch.cat([models.head_p[:0], *cached]), models.head_p
     with torch.no_grad():
-        hidden = response_hidden(models.teacher, [r[:2] for r in micro], models.dtype)
+        hidden = response_hidden(models.teacher, micro, models.dtype)
     return hidden, lm_head(models.teacher)
 
 
@@ -292,7 +294,7 @@ def loss_and_gradient(cfg, models, batch, timer):
         if cfg.teacher:
             h_p, W_p = teacher_hidden(models, micro)  # (N, H_t), (V_t, H_t)
         timer.lap("teacher")
-        h_q = response_hidden(student, [r[:2] for r in micro], models.dtype)  # (N, H)
+        h_q = response_hidden(student, micro, models.dtype)  # (N, H)
         W_q = lm_head(student)  # (V, H); after the forward, in which FSDP has gathered it
         if cfg.teacher:
             loss, *stats = linear_kl(h_q, W_q, h_p, W_p, weight, cfg.reverse_weight)
@@ -516,21 +518,17 @@ def split(cfg, batch, models):
     a rank with fewer gets some of an empty response.
     """
     responses = [len(response.tokens) for response in batch]
-    lengths = [len(response.prompt) + n for response, n in zip(batch, responses)]
+    lengths = [*map(sequence_length, batch)]
     own = {
         "tokens": sum(responses),
         "truncated_count": sum(not response.ended for response in batch),
         "student_flops": forward_flops(models.student, lengths),
         "teacher_flops": forward_flops(models.teacher, lengths) if models.teacher else 0}
-    sums = all_reduce(torch.tensor([*own.values()], dtype=torch.float64))
-    micros = [
-        [batch[i] for i in picked]
-        for picked in microbatches(lengths, cfg.max_tokens_per_microbatch)
-    ]
+    micros = microbatches(batch, cfg.max_tokens_per_microbatch)
     most = torch.tensor([max(responses, default=0), len(micros)])
     longest, forwards = all_reduce(most, dist.ReduceOp.MAX).tolist()
     micros += [[Response([0], [], True)]] * (forwards - len(micros))
-    return micros, dict(zip(own, sums.tolist()), max_length=longest)
+    return micros, sum_over_ranks(own) | {"max_length": longest}
 
 
 @torch.no_grad()
@@ -605,7 +603,7 @@ def main(argv):
 
     for step in range(start_step, cfg.max_steps + 1):  # updates so far; the last only evaluates
         state["step"] = step
-        end_on_signal(save, step)
+        end_early(save, step)
         engines["student"].sync()
 
         # 0. gate, evaluation, checkpoint. A resumed run has done these already at its first step.
@@ -633,8 +631,9 @@ def main(argv):
         # 1. prefixes: a response to each prompt of this rank's share of the step
         timer, horizon = Timer(device), current_horizon(cfg, state)
         slots = deal(count, step, cfg.batch_size, cfg.seed)
-        check = step == start_step or step % cfg.check_sync_every == 0
+        check = step <= start_step + 1 or step % cfg.check_sync_every == 0
         batch, gaps = get_responses(cfg, slots, horizon, data, models, engines, check)
+        end_early(save, step)
         timer.lap("rollout")
 
         # 2. - 3. hidden states of both models at the response tokens; the KL and its gradient
@@ -657,6 +656,7 @@ def main(argv):
             "tokens_per_second": numbers["tokens"] / timer["seconds"]}
         log_step(cfg, COLUMNS, row, header=step % 20 == 0 or step == start_step)
 
+    end_early(save, step)
     print0(
         f"done at step {step}, horizon {current_horizon(cfg, state)}: {cfg.out_dir}/last; `python "
         f"plot.py {cfg.out_dir}` draws the curves and prints a table"

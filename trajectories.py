@@ -20,8 +20,9 @@ product with the teacher's LM head is its full distribution over the vocabulary 
 replace a forward of the teacher in training. They take 2 H_t bytes a token, not 2 V, and are exact.
 
 The shard's metadata holds "settings", JSON of everything that decides what is in it, and "model",
-the path of who wrote it, as it was given, for messages. Beside each shard lies a .jsonl file with
-the same responses as text, to read, and the folder's tokenizer/ is the teacher's tokenizer.
+the path of who wrote it, as it was given, for messages. The folder's tokenizer/ is the teacher's:
+
+    tokenizer.decode(Trajectories("out/toy_sample", want_hidden=False)[0].tokens)    # to read one
 
 A shard gets its name only when all of it is on the disk, so a kill at any time leaves whole shards.
 Two shards belong together when their settings are equal. A byte that flips later is not noticed.
@@ -36,8 +37,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from engine import fingerprint, model_revision
-from utils import UserError, first_line, lm_head, load_model, write_lines
+from models import lm_head, load_model, model_revision
+from utils import UserError, fingerprint, first_line, must_match
 
 SHARDS = "[0-9][0-9][0-9]_[0-9][0-9][0-9][0-9][0-9]"     # their names, before the suffix
 
@@ -64,12 +65,12 @@ class Sampled(NamedTuple):
     stop_reason: str                    # "stop" or "length"
 
 
-def write_shard(path, rows, hidden, metadata, lines):
+def write_shard(path, rows, hidden, metadata):
     """
     Write a whole shard, or nothing of it.
 
     path: a Path that ends in .safetensors. rows: [Sampled]. hidden: one (n, H_t) tensor a row, or
-    []. metadata: {str: str}. lines: one dict a row, for the .jsonl file.
+    []. metadata: {str: str}.
     Raises UserError where the disk is full or cannot be written; nothing is left behind then.
     """
     indices, samples, prompts, tokens, logps, stop_reasons = zip(*rows)
@@ -92,7 +93,6 @@ def write_shard(path, rows, hidden, metadata, lines):
         save_file(tensors, temporary, metadata)
         with open(temporary) as file:
             os.fsync(file.fileno())     # a network disk may say only now that it is full
-        write_lines(path.with_suffix(".jsonl"), lines, mode="w")
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -100,8 +100,7 @@ def write_shard(path, rows, hidden, metadata, lines):
             f"and start again with the same command"
         ) from error
     finally:
-        for leftover in path.parent.glob(f"{path.stem}.*.tmp"):
-            leftover.unlink()
+        Path(temporary).unlink(missing_ok=True)
 
 
 class Shard:
@@ -129,15 +128,6 @@ class Shard:
         self.lengths = self.offsets[1:] - self.prompt_ends      # (n,) tokens of each response
         self.hidden_ends = self.lengths.cumsum(0)       # hidden has rows for response tokens only
 
-    def must_match(self, settings, others, remedy):
-        """UserError where the shard was not made with these settings."""
-        for key, value in settings.items():
-            mine = self.settings.get(key)
-            if mine != value:
-                raise UserError(
-                    f"{self.path} was made with {key}={mine!r}, {others} {value!r}; {remedy}"
-                )
-
     def __getitem__(self, row):
         tokens = self.tensors["tokens"]
         begin, end = self.offsets[row:row + 2]
@@ -164,7 +154,7 @@ def finished(out_dir, settings):
     """
     done = set()
     for shard in shards(out_dir):
-        shard.must_match(settings, "not", "choose another out_dir, or --overwrite")
+        must_match(shard.settings, settings, shard.path, "choose another out_dir, or --overwrite")
         done.update(shard.keys)
     return done
 
@@ -190,7 +180,8 @@ class Trajectories:
         lengths = {}
         for number, shard in enumerate(self.shards):
             self.settings = self.shards[0].settings
-            shard.must_match(self.settings, "shards before it with", f"keep one kind in {folder}")
+            remedy = f"as shards before it: keep one kind in {folder}"
+            must_match(shard.settings, self.settings, shard.path, remedy)
             for row, (key, length) in enumerate(zip(shard.keys, shard.lengths.tolist())):
                 if length:
                     self.rows.append((key, number, row))
@@ -224,7 +215,7 @@ class Trajectories:
                 f"{horizon}; lower max_new_tokens or horizons, or sample again"
             )
         for shard in self.shards:
-            shard.must_match(wanted, "this run has", "set that, or sample again")
+            must_match(shard.settings, wanted, shard.path, "set that, or sample again")
             lengths = shard.tensors["prompt_lengths"] + shard.lengths.clamp(max=horizon)
             longest = lengths.max().item()
             if longest > positions:
@@ -254,15 +245,6 @@ def load_head(path, data):
     The LM head (V, H_t) of the model at `path`, for the hidden states in `data` (Trajectories).
     Raises UserError where they are not this model's.
     """
-    head = lm_head(load_model(path, "auto")).detach()   # what load_model would use; the rest goes
-    made = data.settings
-    ours, theirs = model_revision(path), made["revision"]
-    # A commit of the hub and the fingerprint of a folder have different lengths: not comparable.
-    is_other = ours != theirs and len(ours) == len(theirs)
-    if is_other or head.shape[1] != made["hidden_size"]:
-        raise UserError(
-            f"{data.folder} holds hidden states of {data.shards[0].model}, revision {theirs}, of "
-            f"size {made['hidden_size']}; {path} is {ours}, its LM head takes {head.shape[1]}; set "
-            f"teacher to that one, or sample again"
-        )
-    return head
+    remedy = f"set teacher to {data.shards[0].model}, which made them, or sample again"
+    must_match(data.settings, {"revision": model_revision(path)}, data.folder, remedy)
+    return lm_head(load_model(path, "auto")).detach()   # what load_model would use; the rest goes

@@ -23,7 +23,6 @@ import runpy
 import shutil
 import signal
 import sys
-import textwrap
 import time
 import traceback
 import typing
@@ -36,14 +35,8 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
@@ -184,6 +177,15 @@ def require(ok, cfg, key, limit):
         raise UserError(f"{key}={getattr(cfg, key)!r}: {limit}")
 
 
+def must_match(saved, wanted, where, remedy):
+    """UserError that names the first of the `wanted` settings that was saved with another value."""
+    for key, value in wanted.items():
+        if saved.get(key) != value:
+            raise UserError(
+                f"{where} was made with {key}={saved.get(key)!r}, not {value!r}; {remedy}"
+            )
+
+
 def check_ranges(cfg):
     """UserError where a key of this config is outside the range that its name has everywhere."""
     for limit, allowed, keys in _RANGES:
@@ -251,17 +253,24 @@ def all_reduce(tensor, op=dist.ReduceOp.SUM):
     return tensor
 
 
+def sum_over_ranks(numbers):
+    """{name: sum over all ranks} of {name: this rank's number}, in fp64."""
+    sums = all_reduce(torch.tensor([*numbers.values()], dtype=torch.float64))
+    return dict(zip(numbers, sums.tolist()))
+
+
 def barrier():
     """Wait until every rank has come here."""
     all_reduce(torch.zeros(1))
 
 
 _noted = []  # (number, time) of the signals that came
+faults = []  # sentences on what is wrong with an engine of this rank
 
 
 def catch_signals():
     """
-    From now on the first SIGTERM or SIGINT is only noted, for `end_on_signal`. A second one ends
+    From now on the first SIGTERM or SIGINT is only noted, for `end_early`. A second one ends
     the process at once, unless it comes within a second of the first: a scheduler signals this
     process and torchrun, which forwards the same signal to it.
     """
@@ -276,143 +285,42 @@ def catch_signals():
         signal.signal(number, note)
 
 
-def end_on_signal(save, step):
+def end_early(save, step):
     """
-    Where any rank has noted a signal all ranks save and leave, with the exit code of a program
-    that died of it.
+    Where any rank has noted a signal or a fault all ranks save and leave: with the exit code of a
+    program that died of the signal, or with the fault as a UserError.
     """
-    number = torch.tensor(_noted[0][0] if _noted else 0)
-    number = all_reduce(number, dist.ReduceOp.MAX).item()
-    if number:
+    code = 128 + _noted[0][0] if _noted else len(faults)
+    code = all_reduce(torch.tensor(code), dist.ReduceOp.MAX).item()
+    if code:
         save()
-        print0(f"{signal.Signals(number).name}: step {step} is saved: --resume goes on")
+        print0(f"ends with code {code}; step {step} is saved: --resume goes on")
         barrier()  # torchrun ends all with the first that ends
-        sys.exit(128 + number)
+        end_on_fault()
+        sys.exit(code)
+
+
+def end_on_fault():
+    if faults:
+        raise UserError(faults.pop(0))
+
+
+def _hash(value):
+    """16 hex digits, the same in every process and run."""
+    return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
 
 
 def derive_seed(*parts):
-    """A 63-bit seed from ints and strings, the same in every process and run."""
-    return int(hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest(), 16) >> 1
+    """A 63-bit seed from ints and strings."""
+    return int(_hash(parts), 16) >> 1
 
 
-# ----------------------------------------------------------------------------------------- models
+def fingerprint(items):
+    """16 hex digits of a dict's keys and values."""
+    return _hash(sorted(items.items()))
 
 
-def load_model(path, dtype, device="cpu", recompute=False):
-    """
-    A causal LM in eval mode (no dropout), in `dtype`. With recompute a layer keeps its input only,
-    and runs again in the backward. UserError when it is missing or damaged, or when its logits are
-    more than hidden states times the LM head, for the losses need no more.
-    """
-    path = model_folder(path)
-    with as_user_error(f"cannot load a model in {path}"):
-        for file in Path(path).glob("adapter_*"):
-            raise ValueError(f"{file.name} would not be read; merge it into the weights")
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, output_loading_info=True
-        )
-        if info["missing_keys"]:
-            raise ValueError(f"it lacks {min(info['missing_keys'])}, which would be random")
-        for layer in model.base_model.layers if recompute else ():
-            layer.forward = functools.partial(
-                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
-            )
-    check_head(model, path)
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError as error:
-        print0(
-            f"warning: {path}: of its generation_config only the stop ids stay: "
-            f"{textwrap.shorten(str(error), 160)}"
-        )
-        stops = model.generation_config.eos_token_id
-        model.generation_config = GenerationConfig(eos_token_id=stops)
-    return model.to(device).eval()
-
-
-def check_head(model, name):
-    """UserError unless logits are `hidden @ W.T` and nothing more."""
-    found = [
-        key
-        for key in (
-            "final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-        if getattr(model.config, key, None) not in (None, 1.0)
-    ]
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        found = ["bias"]
-    if found:
-        raise UserError(
-            f"{name}: its LM head has a {found[0]}; only logits = hidden @ W.T is supported"
-        )
-
-
-def lm_head(model):
-    """W (V, H) of logits = hidden @ W.T."""
-    return model.get_output_embeddings().weight
-
-
-def model_folder(path, file="config.json"):
-    """
-    `path`, or the newest checkpoint in it where it is the folder of a run. UserError where it lacks
-    `file` and is no hub name either.
-    """
-    folder = Path(path)
-    is_hub_name = len(folder.parts) == 2 and not folder.parent.is_dir()
-    if is_hub_name:
-        print_once(f"{path}: no folder here, so it is looked for on the model hub")
-    elif not (folder / file).is_file():
-        checkpoints = sorted(folder.glob(f"{_STEP_GLOB}/{file}"))
-        if not checkpoints:
-            raise UserError(
-                f"no model folder {path}: it has no {file}; give a folder, or a hub name "
-                f"such as Qwen/Qwen3-0.6B"
-            )
-        return str(checkpoints[-1].parent)
-    return path
-
-
-# ------------------------------------------------------------- forwards over responses, gradients
-
-
-def base_model(model):
-    """
-    The part of a causal LM before its head; where FSDP shards the model, the method around which
-    FSDP gathers the weights.
-    """
-    return getattr(model, "sharded_base_model", model.base_model)
-
-
-def microbatches(lengths, max_tokens):
-    """
-    Lists of indices, longest sequences first so that memory peaks at once, each with
-    rows x longest <= max_tokens after padding. A sequence longer than that is alone in its list.
-    """
-    batches = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
-
-
-def response_hidden(model, sequences, dtype=torch.float32):
-    """
-    Hidden states (N, H) in `dtype`, after the final norm, that predict the response tokens of the
-    (prompt, response) pairs, in order: from position len(prompt) - 1 on, one for each token.
-
-    Rows are padded on the right and run without a mask: under causal attention no real token sees
-    the padding, and positions, never token ids, say what is a response. Wider weights run under
-    autocast; FSDP gathers them in `dtype`.
-    """
-    ids = [torch.tensor([*prompt, *response]) for prompt, response in sequences]
-    ids = pad_sequence(ids, batch_first=True).to(model.device)  # (B, T)
-    predicts = torch.zeros(ids.shape, dtype=torch.bool)
-    for row, (prompt, response) in zip(predicts, sequences):
-        row[len(prompt) - 1 :][: len(response)] = True
-    needs_cast = model.dtype != dtype and not isinstance(model, FSDPModule)
-    with torch.autocast(ids.device.type, dtype, enabled=needs_cast):
-        hidden = base_model(model)(ids, use_cache=False).last_hidden_state  # (B, T, H)
-    return hidden[predicts].to(dtype)
+# ------------------------------------------------------------------------------------ one update
 
 
 def update(cfg, optimizer, step, loss):
@@ -501,13 +409,8 @@ def start_run(cfg, inputs, identity, **own):
         return state, None
     checkpoint = path / f"step_{step:06d}"
     saved = json.loads((checkpoint / "train_state.json").read_text())
-    for key, now in identity.items():
-        if saved.get(key) != now:
-            raise UserError(
-                f"{checkpoint} was made with another {key}: {saved.get(key)} then, {now} now; "
-                f"resume with that one, or start a new run from its weights with "
-                f"--student={checkpoint}"
-            )
+    remedy = f"resume with that, or start a new run from its weights with --student={checkpoint}"
+    must_match(saved, identity, checkpoint, remedy)
     require(cfg.max_steps >= step, cfg, "max_steps", f"{checkpoint} is at step {step}; raise it")
     return state | saved, checkpoint
 
@@ -544,8 +447,7 @@ def open_run(cfg, model, tokenizer, state):
         with as_user_error("cannot log to wandb (pip install wandb, or --wandb=False)"):
             import wandb
 
-            project, name = out_dir.resolve().parts[-2:]
-            wandb.init(project=project, name=name, config=vars(cfg))
+            wandb.init(name=cfg.out_dir, config=vars(cfg))
 
 
 _held = []  # the file of the lock: closed, it would be free
@@ -646,7 +548,10 @@ class Timer(dict):
     def lap(self, name):
         if self.on_gpu:
             torch.cuda.synchronize()
-            self["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            # Torch counts the pages of an engine that is asleep, which are not there.
+            vllm = sys.modules.get("vllm.device_allocator.cumem")
+            pages = vllm.CuMemAllocator.get_instance().get_current_usage() if vllm else 0
+            self["peak_gb"] = (torch.cuda.max_memory_allocated() - pages) / 1e9
         last, self.now = self.now, time.perf_counter()
         self[f"{name}_seconds"] = self.get(f"{name}_seconds", 0.0) + self.now - last
         self["seconds"] = self.now - self.start
@@ -654,8 +559,8 @@ class Timer(dict):
 
 # ------------------------------------------------------------------------------------- checkpoints
 
-_FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-_STEP_GLOB = "step_[0-9][0-9][0-9][0-9][0-9][0-9]"  # no folder of the user's own matches this
+FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+STEP_GLOB = "step_[0-9][0-9][0-9][0-9][0-9][0-9]"  # no folder of the user's own matches this
 
 
 def save_checkpoint(cfg, model, tokenizer, optimizer, state):
@@ -670,9 +575,9 @@ def save_checkpoint(cfg, model, tokenizer, optimizer, state):
     that is step 0), and `stable` to the step at which the open horizon began, whose weights had
     passed a gate. Other checkpoints stay while they are among the newest cfg.keep.
     """
-    weights, moments = get_model_state_dict(model, options=_FULL_STATE), {}
+    weights, moments = get_model_state_dict(model, options=FULL_STATE), {}
     if optimizer.state:
-        whole = get_optimizer_state_dict(model, optimizer, options=_FULL_STATE)
+        whole = get_optimizer_state_dict(model, optimizer, options=FULL_STATE)
         moments = whole.get("state")  # only the first rank has it
     if RANK == 0:
         path = Path(f"{cfg.out_dir}/step_{state['step']:06d}")
@@ -688,7 +593,7 @@ def save_checkpoint(cfg, model, tokenizer, optimizer, state):
                 shutil.rmtree(link, ignore_errors=True)  # a copy, by cp -rL; no link is followed
                 link.unlink(missing_ok=True)
                 link.symlink_to(target)
-        for older in sorted(path.parent.glob(_STEP_GLOB))[: -cfg.keep]:
+        for older in sorted(path.parent.glob(STEP_GLOB))[: -cfg.keep]:
             if older.name not in links.values():
                 shutil.rmtree(older, ignore_errors=True)  # somebody may be reading it
     barrier()  # or a slow save would look like a hang in a later collective
@@ -728,7 +633,7 @@ def newest_checkpoint(out_dir):
     are named, and passed over. UserError when none loads. Opening a file of tensors compares its
     length with what it says of itself, so one that was cut short is found without reading it.
     """
-    found = sorted(Path(out_dir).glob(_STEP_GLOB), reverse=True)
+    found = sorted(Path(out_dir).glob(STEP_GLOB), reverse=True)
     for path in found:
         try:
             json.loads((path / "train_state.json").read_text())
@@ -742,16 +647,6 @@ def newest_checkpoint(out_dir):
         raise UserError(f"no checkpoint in {out_dir} loads; start anew with --overwrite")
     print0(f"no checkpoint in {out_dir} yet: from the start")
     return -1
-
-
-def load_checkpoint(path, model, optimizer):
-    """Restore weights and AdamW's moments exactly, also of shards. The rate is the config's."""
-    weights = load_model(path, torch.float32).state_dict()
-    set_model_state_dict(model, weights, options=_FULL_STATE)
-    moments = torch.load(f"{path}/optimizer.pt", mmap=True)
-    if moments:  # there are none before the first update
-        state = get_optimizer_state_dict(model, optimizer) | {"state": moments}
-        set_optimizer_state_dict(model, optimizer, state, options=_FULL_STATE)
 
 
 # -------------------------------------------------------------------------------- a script's start
@@ -774,7 +669,8 @@ def run(main, doc, cls):
         print(f"error: {f'rank {RANK}: ' if WORLD > 1 else ''}{error}", file=sys.stderr)
     except Exception:  # a bug; the other processes must not wait for this one
         traceback.print_exc()
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish()
     sys.stdout.flush()
-    if dist.is_initialized():
-        os._exit(code)  # an orderly end would wait for gloo's threads, or for a rank that is gone
-    sys.exit(code)
+    # An orderly end would wait for gloo's threads, for a rank that is gone or an engine asleep.
+    os._exit(code)

@@ -13,17 +13,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig
 
-from engine import fingerprint, stop_ids
 from grade import extract_answer
-from utils import (
-    RANK,
-    WORLD,
-    UserError,
-    as_user_error,
-    derive_seed,
-    model_folder,
-    print0,
-)
+from models import model_folder, stop_ids
+from utils import RANK, WORLD, UserError, as_user_error, derive_seed, fingerprint, print0
 
 
 def load_problems(path, answered=False):

@@ -26,6 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench_step import trl_steps  # noqa: E402  (beside this file)
 
+import models  # noqa: E402
 import train_distill  # noqa: E402  (needs the repository on the path)
 import utils  # noqa: E402
 
@@ -70,7 +71,7 @@ def floors(dtype, row):
     flops = 2 * 4096 * 1024 * 4096 / statistics.median(gemm)
     bytes_per_second = weights.nbytes / statistics.median(read)
     size = torch.finfo(dtype).bits // 8
-    student = sum(p.numel() for p in utils.load_model(STUDENT, dtype).parameters())
+    student = sum(p.numel() for p in models.load_model(STUDENT, dtype).parameters())
     update = (3 * row["student_flops"] + row["teacher_flops"]) / flops
     return {"GEMMs of the update": update, "GEMMs of the rollout": row["student_flops"] / flops,
             "reading weights": row["max_length"] * student * size / bytes_per_second}

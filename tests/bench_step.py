@@ -26,13 +26,15 @@ import torch
 from transformers import Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import models  # noqa: E402
 import sample  # noqa: E402  (needs the repository on the path)
 import train_distill  # noqa: E402
 import utils  # noqa: E402
 from data import toy  # noqa: E402
 from data.problems import encode_prompt, load_problems, load_tokenizer
-from engine import HFEngine, Sampling, forward_flops  # noqa: E402
+from engine import HFEngine, Sampling  # noqa: E402
 from estimate import without_weights  # noqa: E402
+from models import forward_flops  # noqa: E402
 
 PROMPTS, NEW_TOKENS = 64, 96
 ROUNDS, STEPS, WARMUP = 3, 10, 2
@@ -89,7 +91,7 @@ def trl_steps(student, teacher, path, batch_size, new_tokens, steps, dtype, fold
         def on_step_end(self, *args, **kwargs):
             seconds.append(time.perf_counter() - self.start)
 
-    model = utils.load_model(student, torch.float32)
+    model = models.load_model(student, torch.float32)
     model.generation_config.eos_token_id = stops or model.generation_config.eos_token_id
     prompts = Dataset.from_list([
         {"prompt": [{"role": "user", "content": problem["problem"]}]}
@@ -101,7 +103,7 @@ def trl_steps(student, teacher, path, batch_size, new_tokens, steps, dtype, fold
         lr_scheduler_type="constant", report_to="none", save_strategy="no",
         logging_strategy="no", disable_tqdm=True)
     trainer = DistillationTrainer(
-        model=model, teacher_model=utils.load_model(teacher, getattr(torch, dtype)), args=args,
+        model=model, teacher_model=models.load_model(teacher, getattr(torch, dtype)), args=args,
         train_dataset=prompts, processing_class=load_tokenizer(student),
         callbacks=[Clock()])
     trainer.train()
@@ -110,7 +112,7 @@ def trl_steps(student, teacher, path, batch_size, new_tokens, steps, dtype, fold
 
 def decoding(student):
     """Median seconds for 64 responses by our decode loop, and by model.generate."""
-    model = utils.load_model(student, torch.float32)
+    model = models.load_model(student, torch.float32)
     tokenizer = load_tokenizer(student)
     problems = load_problems("data/toy/train.jsonl")[:PROMPTS]
     prompts = [encode_prompt(tokenizer, problem["problem"]) for problem in problems]

@@ -260,7 +260,7 @@ def signalled(trials, number, times):
     for _ in range(times):
         os.kill(process.pid, number)
     process.join()
-    told = not_told(out, rf"{name}: step \d+ is saved: --resume goes on")
+    told = not_told(out, rf"code {128 + number}; step \d+ is saved: --resume goes on")
     steps, line = trials.resume(out)
     trials.report(f"{name}{', twice at once' if times > 1 else ''}: exit code {process.exitcode}",
                   [steps], [told, other_code(process, 128 + number), line], allowed=0)
@@ -284,7 +284,7 @@ def interrupted_together(trials):
     wait_for(lambda: len(steps_in(out)) >= 4)
     os.killpg(launcher.pid, signal.SIGINT)
     launcher.wait()
-    told = not_told(out, r"SIGINT: step \d+ is saved: --resume goes on")
+    told = not_told(out, r"code 130; step \d+ is saved: --resume goes on")
     steps, line = trials.resume(out, 2e-5)
     trials.report("Ctrl-C to torchrun and two ranks", [steps], [told, line], allowed=0)
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 import train_distill
 from data.problems import encode_prompt, load_problems, load_tokenizer
-from utils import load_model, read_lines
+from models import load_model
+from utils import read_lines
 
 torch.set_num_threads(2)
 
@@ -72,7 +73,7 @@ def steps_of(rows):
 def without_times(rows):
     """What a run that is left alone and one that is resumed have in common to the last digit."""
     # The gap is looked at after a resume, too.
-    varies = re.compile("seconds|per_second|logprob_gap|_gb")
+    varies = re.compile("seconds|per_second|logprob_gap|nonfinite|_gb")
     return [{key: row[key] for key in row if not varies.search(key)} for row in rows]
 
 

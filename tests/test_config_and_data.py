@@ -33,16 +33,11 @@ from data.problems import (
     load_tokenizer,
     warn_of_overlap,
 )
-from engine import HFEngine, Sampling, forward_flops, stop_ids
+from engine import HFEngine, Sampling
 from estimate import without_weights
 from grade import evaluate, grade, pass_at_k, tokens_after_box
-from utils import (
-    UserError,
-    check_head,
-    check_ranges,
-    lm_head,
-    load_config,
-)
+from models import check_head, forward_flops, lm_head, stop_ids
+from utils import UserError, check_ranges, load_config
 
 # ----------------------------------------------------------------------------------- config loader
 

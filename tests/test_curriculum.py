@@ -15,15 +15,9 @@ import sample
 import train_distill
 from data.problems import encode_prompt, load_problems, load_tokenizer
 from engine import HFEngine, Sampling
+from models import load_model
 from train_distill import gate
-from utils import (
-    UserError,
-    derive_seed,
-    load_model,
-    open_run,
-    read_lines,
-    write_lines,
-)
+from utils import UserError, derive_seed, open_run, read_lines, write_lines
 
 LADDER = ("configs/toy_opd.py", "--horizons=(6, 12, 24)", "--steps_per_horizon=2",
           "--eval_prompts=12", "--save_every=1")

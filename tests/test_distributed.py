@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import models
 import sample
 import train_distill
 import utils
@@ -29,7 +30,7 @@ sys.path.insert(0, os.getcwd())
 import train_distill, utils
 plain, empty = train_distill.response_hidden, []
 def spy(model, sequences, dtype):
-    empty.append(sequences == [([0], [])])
+    empty.append([sequence[:2] for sequence in sequences] == [([0], [])])
     return plain(model, sequences, dtype)
 train_distill.response_hidden = spy
 def main(argv):
@@ -74,7 +75,7 @@ def trajectories(tmp_path_factory):
 def untied(tmp_path_factory):
     """The toy student with an LM head of its own."""
     out = tmp_path_factory.mktemp("models") / "untied"
-    model = utils.load_model("data/toy/student", torch.float32)
+    model = models.load_model("data/toy/student", torch.float32)
     model.config.tie_word_embeddings = False
     other = AutoModelForCausalLM.from_config(model.config)
     other.load_state_dict(model.state_dict())
@@ -274,6 +275,31 @@ def test_one_process_has_a_bug(tmp_path):
     assert done.returncode == 1
     assert own.count("Traceback") == own.count("ZeroDivisionError: division by zero") == 1, own
     assert own.count("error: ") == own.count("error: rank 0: another process has ended") == 1, own
+
+
+def test_an_engine_at_fault(tmp_path):
+    """One rank finds in step 3 that its engine is stale: both save that step's student, and end."""
+    script = tmp_path / "stale.py"
+    script.write_text(f"""if True:
+        import os, sys
+        sys.path.insert(0, {os.getcwd()!r})
+        import train_distill, utils
+        from engine import HFEngine
+        checks = []
+        def in_sync(self):
+            checks.append(0)
+            return len(checks) < 3 or utils.RANK == 0
+        HFEngine.in_sync = in_sync
+        utils.run(train_distill.main, "", train_distill.Config)""")
+    out = tmp_path / "run"
+    done = torchrun(2, script, *options("toy_opd"), "--max_steps=9", "--check_sync_every=1",
+                    "--save_every=100", f"--out_dir={out}", timeout=120)
+    own = done.stderr.split("torch/distributed/elastic")[0]
+    assert done.returncode == 1 and "Traceback" not in own, own
+    assert own.count("error: ") == own.count("error: rank 1: the engine's weights are not") == 1
+    assert "step 2 is saved: --resume goes on" in done.stdout
+    assert json.loads((out / "last/train_state.json").read_text())["step"] == 2
+    assert len(utils.read_lines(out / "metrics.jsonl")) == 2
 
 
 def test_a_folder_that_is_not_shared(tmp_path):

@@ -10,7 +10,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import estimate
 from estimate import Config, Models, flops, memory, parameter_count, read_models
 from kernels.linear_kl import CHUNK_BYTES
-from utils import UserError, load_config, response_hidden
+from models import response_hidden
+from utils import UserError, load_config
 
 STUDENT = "student: fp32 weights, gradients, Adam"
 COPY = "student: bf16 copy that writes"

@@ -9,15 +9,17 @@ import subprocess
 import sys
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as bpe
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-import engine
 import eval_math
 import grade
+import models
 import plot
 import utils
 from data import benchmarks
+from engine import HFEngine
 
 FEW = ("--num_problems=12", "--samples_per_problem=3", "--max_new_tokens=60", "--window=10")
 
@@ -86,7 +88,7 @@ def test_numbers(done):
 
     assert set(report["versions"]) == {"python", "torch", "transformers", "math-verify", "numpy"}
     assert report["settings"]["seed"] == 42
-    assert report["settings"]["revision"] == engine.model_revision("data/toy/student")
+    assert report["settings"]["revision"] == models.model_revision("data/toy/student")
     assert {r["extracted"] for r in rows if r["correct"]} <= {str(i) for i in range(10)}
 
 
@@ -146,9 +148,11 @@ def test_names_of_benchmarks():
     assert list(eval_math.load_benchmarks(cfg)) == ["middle", "hard"]
 
 
-def test_greedy_samples_are_all_the_same(tmp_path, capsys):
-    run(tmp_path / "e", "--temperature=0", "--num_problems=2", "--samples_per_problem=2")
-    assert "warning: at T = 0 all responses to a problem are the same" in capsys.readouterr().out
+def test_greedy_samples_are_all_the_same(tmp_path):
+    _, samples = run(tmp_path / "e", "--temperature=0", "--num_problems=2",
+                     "--samples_per_problem=2")
+    first, second, *others = [record["response"] for record in parsed(samples)]
+    assert first == second != others[0] == others[1]
 
 
 def test_training_measures_the_same(train, tmp_path):
@@ -165,28 +169,45 @@ def test_training_measures_the_same(train, tmp_path):
         assert report["results"]["middle"][key] == pytest.approx(last[key], rel=1e-4), key
 
 
-def test_resume_after_a_kill(done, tmp_path):
+def test_an_engine_with_other_weights(tmp_path, monkeypatch):
+    """The evaluation ends after the first window, whose responses are kept."""
+    monkeypatch.setattr(HFEngine, "in_sync", lambda self: False)
+    with pytest.raises(utils.UserError, match="the engine's weights are not the model's"):
+        run(tmp_path)
+    assert len(utils.read_lines(tmp_path / "samples_000.jsonl")) == 10
+
+
+def test_resume_after_a_kill(done, tmp_path, monkeypatch):
     """Of a third of the lines the last is cut in the middle: only what is missing is sampled."""
     _, report, samples = done
     out = tmp_path / "killed"
+    plain, sampled = eval_math.respond, []
+
+    def spy(engine, tokenizer, problems, prompts, pairs, *rest):
+        sampled.extend(pairs)
+        return plain(engine, tokenizer, problems, prompts, pairs, *rest)
+
+    monkeypatch.setattr(eval_math, "respond", spy)
     run(out)
     (out / "results.json").unlink()
     (out / "samples.jsonl").unlink()
     lines = samples.splitlines(keepends=True)
     (out / "samples_000.jsonl").write_text("".join(lines[5:17]) + lines[17][:30])
     (out / "samples_003.jsonl").write_text(lines[0])            # of a run with more processes
+    sampled.clear()
     again, resumed = run(out)
-    assert again["responses_of_this_run"] == 36 - 13
+    assert len(sampled) == 36 - 13
     assert again["results"]["middle"]["avg_at_k"] == report["results"]["middle"]["avg_at_k"]
     assert responses(resumed) == responses(samples)
     left = [".lock", "results.json", "samples.jsonl", "settings.json"]
     assert sorted(path.name for path in out.iterdir()) == left
 
+    sampled.clear()
     rerun, same = run(out)                                      # nothing to do: nothing changes
-    assert rerun["responses_of_this_run"] == 0
+    assert not sampled
     assert same == resumed and rerun["results"] == again["results"]
-    fresh, other = run(out, "--overwrite", "--seed=1")
-    assert fresh["responses_of_this_run"] == 36 and other != resumed
+    _, other = run(out, "--overwrite", "--seed=1")
+    assert len(sampled) == 36 and other != resumed
 
 
 def test_two_processes(done, tmp_path):
@@ -207,7 +228,7 @@ def test_a_real_benchmark(tmp_path):
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: i for i, letter in enumerate(letters)} | {"<eos>": 256}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer = Tokenizer(bpe.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
@@ -280,8 +301,8 @@ def test_bootstrap_covers():
     ("--benchmarks=", "name at least one of gsm8k"),
     ("--benchmarks=math", "make it with `python data/benchmarks.py math`"),
     ("--benchmarks=data/toy/middle.jsonl,data/toy/middle.jsonl", "two of the name middle"),
-    ("--seed=3", "was evaluated with seed=42, not 3"),
-    ("--model=data/toy/teacher", "was evaluated with revision="),
+    ("--seed=3", "was made with seed=42, not 3"),
+    ("--model=data/toy/teacher", "was made with revision="),
     ("--top_p=0", "must be in"),
     ("--window=0", "window=0: must be at least 1"),
     ("--temperature=-1", "must not be negative"),

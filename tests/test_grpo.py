@@ -12,14 +12,17 @@ import sys
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as bpe
 from transformers import PreTrainedTokenizerFast
 
 import grade
+import models
 import rl_grpo
 import utils
 from data.problems import deal, encode_prompt, load_problems, load_tokenizer
-from engine import HFEngine, Sampling, stop_ids
+from engine import HFEngine, Sampling
+from models import stop_ids
 
 SHORT = ["--prompts_per_step=4", "--group_size=4", "--max_new_tokens=60", "--eval_every=0",
          "--save_every=1000", "--max_tokens_per_microbatch=256", "--warmup_steps=0"]
@@ -41,7 +44,7 @@ def rl(tmp_path):
 
 
 def weights(out):
-    return utils.load_model(out / "last", torch.float32).state_dict()
+    return models.load_model(out / "last", torch.float32).state_dict()
 
 
 # --------------------------------------------------------------------------------------- the maths
@@ -230,7 +233,7 @@ def test_ungraded_responses_leave_the_group(rl, monkeypatch, capsys):
     assert row["ungraded"] == 16 and row["reward_mean"] is None and row["equal_groups"] == 1
     assert "step 1: no response is in the loss, so no update was made" in capsys.readouterr().out
     rl("--max_steps=2", "--resume", out=out)  # a checkpoint without moments
-    before, after = utils.load_model("data/toy/student", torch.float32).state_dict(), weights(out)
+    before, after = models.load_model("data/toy/student", torch.float32).state_dict(), weights(out)
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
@@ -258,6 +261,36 @@ def test_a_sampler_that_disagrees(rl, monkeypatch, shift, options, factor):
     assert after["ratio_max"] == 1
     assert after["grad_norm"] == pytest.approx(factor * before["grad_norm"], rel=1e-3)
     assert after["logprob_gap_max"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_log_probs_that_are_not_finite(rl, monkeypatch):
+    """
+    They are counted, and their tokens left out of the loss, whose divisor stays: the gradient is
+    that of the other tokens, as where those log-probs were any number and their weight was 0.
+    """
+    generate, plain = HFEngine.generate, rl_grpo.micro_loss
+
+    def broken(self, *args):
+        rollouts = generate(self, *args)
+        for _, logps, _ in rollouts:
+            logps[::5] = [value] * len(logps[::5])
+        return rollouts
+
+    def left_out(cfg, micro, logps):
+        micro.weights[micro.sampler_logps == -7.0] = 0
+        return plain(cfg, micro, logps)
+
+    monkeypatch.setattr(HFEngine, "generate", broken)
+    for number in (-math.inf, math.nan):
+        value = number
+        (row,), _ = rl("--max_steps=1", "--max_grad_norm=inf")
+        assert 16 <= row["nonfinite_logps"] < row["tokens"] / 4
+        assert row["logprob_gap_max"] < 1e-4 and row["importance_weight"] == pytest.approx(1)
+    value = -7.0
+    monkeypatch.setattr(rl_grpo, "micro_loss", left_out)
+    (other,), _ = rl("--max_steps=1", "--max_grad_norm=inf", "--max_logprob_gap=9")
+    assert other["nonfinite_logps"] == 0
+    assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
 
 
 def test_bf16_starts_at_the_reference(rl):
@@ -421,7 +454,7 @@ def test_template_and_stop(rl, tmp_path, stop, ids):
         rl("--max_steps=1", student=base)
     options = ["--max_steps=1", "--template=data/toy/teacher", f"--stop={stop}"]
     _, out = rl(*options, student=base)
-    model = utils.load_model(out / "last", torch.float32)
+    model = models.load_model(out / "last", torch.float32)
     assert stop_ids(model.generation_config, load_tokenizer(out / "last")) == ids
     assert encode_prompt(load_tokenizer(out / "last"), "3+4?") == [258, 51, 43, 52, 63, 259]
 
@@ -439,7 +472,7 @@ def test_a_student_with_another_models_tokenizer(rl, tmp_path):
     folder = tmp_path / "other"
     shutil.copytree("data/toy/student", folder)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    letters = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    letters = Tokenizer(bpe.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     foreign = PreTrainedTokenizerFast(tokenizer_object=letters)
     foreign.chat_template = "{{ messages[0]['content'] }}"
@@ -450,15 +483,15 @@ def test_a_student_with_another_models_tokenizer(rl, tmp_path):
 
 def test_what_a_run_cannot_resume(rl, train, tmp_path):
     _, out = train("configs/toy_opd.py", "--max_steps=1")
-    with pytest.raises(utils.UserError, match="another script: train_distill then, rl_grpo now"):
+    with pytest.raises(utils.UserError, match="made with script='train_distill', not 'rl_grpo'"):
         rl("--resume", out=out)
     moved = tmp_path / "moved"
     shutil.copytree("data/toy/student", moved)
     _, out = rl("--max_steps=1", "--kl_coef=0.1", student=moved)
-    with pytest.raises(utils.UserError, match="another student: [0-9a-f]{16} then, [0-9a-f]{16}"):
+    with pytest.raises(utils.UserError, match="made with student='[0-9a-f]{16}', not"):
         rl("--resume", "--max_steps=2", out=out, student=out / "last")
     with pytest.raises(utils.UserError, match="max_steps=0: .* is at step 1"):
         rl("--resume", "--max_steps=0", "--kl_coef=0.1", out=out, student=moved)
     shutil.copytree("data/toy/teacher", moved, dirs_exist_ok=True)
-    with pytest.raises(utils.UserError, match="another (student|reference): [0-9a-f]{16} then"):
+    with pytest.raises(utils.UserError, match="made with (student|reference)='[0-9a-f]{16}', not"):
         rl("--resume", "--max_steps=2", "--kl_coef=0.1", out=out, student=moved)

@@ -22,7 +22,8 @@ import sample
 import train_distill
 import utils
 
-BUDGETS = {"utils.py": 4000, "engine.py": 3000, "grade.py": 2900, "trajectories.py": 1300,
+BUDGETS = {"utils.py": 3450, "models.py": 1250, "engine.py": 3000, "grade.py": 2900,
+           "trajectories.py": 1300,
            "train_distill.py": 3900, "rl_grpo.py": 3200, "sample.py": 2100, "eval_math.py": 2400}
 PROMPTS = "data/problems.py"  # files of problems and their prompts; it counts in the sum too
 PROMPTS_BUDGET = 1000
@@ -104,12 +105,13 @@ def test_at_most_100_columns():
 # ----------------------------------------------------------------------------------------- imports
 
 STAGES = {"train_distill", "rl_grpo", "sample", "eval_math"}
-TO_A_STAGE = {"data", "grade", "trajectories", "engine", "utils", "kernels"}
+TO_A_STAGE = {"data", "grade", "trajectories", "engine", "models", "utils", "kernels"}
 MAY_IMPORT = {
     "utils": set(),
-    "engine": {"utils", "kernels"},
+    "models": {"utils"},
+    "engine": {"models", "utils", "kernels"},
     "grade": {"engine", "utils", "kernels"},
-    "trajectories": {"engine", "utils", "kernels"},
+    "trajectories": {"models", "utils"},
     **{stage: TO_A_STAGE for stage in STAGES},
     "cells": {"plot", "configs"},  # it starts stages as programs
     "plot": {"utils", "eval_math"},  # for its bootstrap
@@ -136,7 +138,7 @@ def test_imports_go_one_way():
         assert imported_by(path) & ours <= MAY_IMPORT[name], name
     for path in Path("kernels").glob("*.py"):
         assert imported_by(path) & ours <= {"kernels"}, path
-    assert imported_by(Path("data/problems.py")) & ours == {"engine", "grade", "utils"}
+    assert imported_by(Path("data/problems.py")) & ours == {"grade", "models", "utils"}
 
 
 # -------------------------------------------------------------------------------------------- keys

@@ -25,16 +25,8 @@ import utils
 from data.problems import deal, encode_prompt, load_problems
 from engine import HFEngine, Sampling
 from kernels import linear_kl
-from utils import (
-    UserError,
-    lm_head,
-    load_model,
-    log_evaluation,
-    model_folder,
-    read_lines,
-    response_hidden,
-    write_lines,
-)
+from models import lm_head, load_model, model_folder, response_hidden
+from utils import UserError, log_evaluation, read_lines, write_lines
 
 OPD = "configs/toy_opd.py"
 EVALUATED = ("--eval_every=2", "--eval_prompts=4", "--eval_samples=2", "--eval_max_new_tokens=24",
@@ -93,9 +85,9 @@ def test_prefixes_are_of_the_model_that_is_named(train, monkeypatch, teacher, st
         assert len(written) == 32
         difference = 0.0
         with torch.no_grad():
-            for pair in written:
-                difference += response_logps(teacher, *pair).sum().item()
-                difference -= response_logps(student, *pair).sum().item()
+            for prompt, response, *_ in written:
+                difference += response_logps(teacher, prompt, response).sum().item()
+                difference -= response_logps(student, prompt, response).sum().item()
         return difference
 
     monkeypatch.setattr(train_distill, "response_hidden", spy)
@@ -180,7 +172,7 @@ def test_loss_norm(train, monkeypatch, norm):
 
     def spy_on_lengths(model, sequences, dtype):
         if torch.is_grad_enabled():  # the student's forward, not the teacher's
-            lengths.append([len(response) for _, response in sequences])
+            lengths.append([len(response.tokens) for response in sequences])
         return response_hidden(model, sequences, dtype)
 
     lengths = []
@@ -373,11 +365,11 @@ def test_a_copied_script_has_its_own_name(train, tmp_path, monkeypatch):
 
     _, run = train(OPD, "--max_steps=1")
     again = [OPD, *SHORT, "--max_steps=2", "--resume"]
-    refused = "step_000001 was made with another script: train_distill then, my_distill now"
+    refused = "step_000001 was made with script='train_distill', not 'my_distill'"
     with pytest.raises(UserError, match=refused):
         copy.main([*again, f"--out_dir={run}"])
     copy.main([OPD, *SHORT, "--max_steps=1", f"--out_dir={tmp_path / 'own'}"])
-    refused = "step_000001 was made with another script: my_distill then, train_distill now"
+    refused = "step_000001 was made with script='my_distill', not 'train_distill'"
     with pytest.raises(UserError, match=refused):
         train_distill.main([*again, f"--out_dir={tmp_path / 'own'}"])
 
@@ -634,9 +626,9 @@ def test_mistakes_at_a_resume(train):
     (run / "metrics.jsonl").write_text("")
     for options, message in [
         (["--resume", "--student=data/toy/teacher"],
-         "step_000001 was made with another student: "),
+         "step_000001 was made with student="),
         (["--resume", "--teacher=data/toy/student"],
-         "step_000001 was made with another teacher: "),
+         "step_000001 was made with teacher="),
         (["--overwrite", f"--student={run}"],
          f"--overwrite would delete {run}, which this run reads"),
         (["--overwrite", f"--student={run}/step_000001"],
@@ -662,10 +654,10 @@ def test_a_resume_knows_contents_not_paths(train, tmp_path):
     _, run = train(OPD, "--max_steps=1", *paths)
     lines = prompts.read_text().splitlines(keepends=True)
     prompts.write_text("".join([lines[1], lines[0], *lines[2:]]))
-    with pytest.raises(UserError, match="made with another prompts: [0-9a-f]{16} then"):
+    with pytest.raises(UserError, match="made with prompts='[0-9a-f]{16}', not"):
         train(OPD, "--max_steps=2", "--resume", *paths, out=run)
     shutil.copytree("data/toy/teacher", student, dirs_exist_ok=True)
-    with pytest.raises(UserError, match="made with another student: [0-9a-f]{16} then"):
+    with pytest.raises(UserError, match="made with student='[0-9a-f]{16}', not"):
         train(OPD, "--max_steps=2", "--resume", f"--student={student}", out=run)
     rows, _ = train(OPD, "--max_steps=2", "--resume", out=run)     # the same by their old paths
     assert len(steps_of(rows)) == 2
@@ -718,7 +710,7 @@ def test_the_folder_of_a_run_is_its_newest_checkpoint(train, tmp_path):
     rows, again = train(OPD, "--max_steps=1", f"--student={run}", f"--teacher={run}")
     assert steps_of(rows)[0]["reverse_kl"] == pytest.approx(0, abs=1e-5)
     (run / "step_000002").rename(tmp_path / "apart")
-    with pytest.raises(UserError, match="was made with another student"):
+    with pytest.raises(UserError, match="was made with student="):
         train(OPD, "--max_steps=2", f"--student={run}", f"--teacher={run}", "--resume", out=again)
 
 
@@ -782,15 +774,15 @@ def test_models_that_are_not_supported(tmp_path, config):
 
 
 def test_wandb(train, tmp_path, monkeypatch):
-    """Every row of metrics.jsonl is logged, under a project and a name from out_dir."""
+    """Every row of metrics.jsonl is logged, under the name of out_dir."""
     begun, logged = {}, []
     module = SimpleNamespace(
         init=lambda **options: begun.update(options),
         log=lambda row, step: logged.append((step, row)))
     monkeypatch.setitem(sys.modules, "wandb", module)
-    out = tmp_path / "project" / "name"
+    out = tmp_path / "name"
     rows, _ = train(OPD, "--max_steps=2", *EVALUATED, "--wandb", out=out)
-    assert (begun["project"], begun["name"]) == ("project", "name")
+    assert begun["name"] == str(out)
     assert begun["config"]["out_dir"] == str(out)
     assert [step for step, _ in logged] == [row["step"] for row in rows]
     assert logged[0][1]["student/avg_at_k"] == rows[0]["avg_at_k"]
