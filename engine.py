@@ -348,7 +348,7 @@ class VLLMEngine(Engine):
 
 
 def vllm_weights(model):
-    """The tensors that a model of vLLM computes with."""
+    """The tensors that a model of vLLM computes with; on a CPU matrices as they are packed."""
     for module in model.modules():
         packed = getattr(module, "cpu_linear", None)
         for name, tensor in module.named_parameters(recurse=False):
@@ -445,7 +445,9 @@ def score(engine, prompts, rollouts):
             for i, part in zip(places, parts):
                 entropies[i] = part
     finite = [gap for gap in gaps if math.isfinite(gap)]
-    mean, largest = sum(finite) / max(1, len(finite)), max(finite, default=0.0)
+    # Where none is finite the mean is past every limit.
+    mean = sum(finite) / len(finite) if finite else len(gaps)
+    largest = max(finite, default=0.0)
     if not engine.in_sync():
         faults.append(
             "the engine's weights are not the model's: they did not get there, or not all of them "

@@ -48,6 +48,7 @@ from utils import (
     barrier,
     check_ranges,
     end_on_fault,
+    faults,
     fingerprint,
     init_processes,
     load_config,
@@ -267,7 +268,7 @@ def main(argv):
         for first in tqdm(range(0, len(pairs), cfg.window), name, disable=RANK > 0 or None):
             records, gaps = respond(engine, tokenizer, problems, prompts[name],
                                     pairs[first:first + cfg.window], sampling, cfg.seed)
-            write_lines(out_dir / f"samples_{RANK:03d}.jsonl",
+            write_lines(out_dir / f"{'faulty' if faults else 'samples'}_{RANK:03d}.jsonl",
                         [{"benchmark": name, **record, **gaps} for record in records])
             end_on_fault()
     barrier()
@@ -295,7 +296,6 @@ def main(argv):
         "settings": settings,
         "config": dataclasses.asdict(cfg),
         "versions": {"python": platform.python_version(), **versions},
-        "device": device.type,
     }
     write_lines(out_dir / "results.json", [report], mode="w")
     print_table(results)

@@ -81,8 +81,8 @@ _BOX = (rf"{_OPEN}\s*\{{?(?=\s*[^\s}}])"
 # The last boxes: more than one are one answer where between them is a comma, "and" or "or", perhaps
 # with a name as in "x =". Where a box that is empty or never closed comes last, none counts.
 _LAST = re.compile(
-    rf"(?s){_BOX}(?:\}}?[\s$]*(?:[,;]|,?\s*(?:\\text\s*\{{\s*)?(?:and|or)\b[\s}}]*)"
-    rf"[\s$]*(?:[A-Za-z]\s*=\s*)?{_BOX})*\}}?+(?!.*{_OPEN})")
+    rf"(?s){_BOX}(?:\}}?[\s$]*+(?:[,;]|,?\s*+(?:\\text\s*\{{\s*)?(?:and|or)\b[\s}}]*+)"
+    rf"[\s$]*+(?:[A-Za-z]\s*=\s*)?{_BOX})*\}}?+(?!.*{_OPEN})")
 
 
 def extract_answer(response):
@@ -145,6 +145,7 @@ _SIGNS = {ord(pair[0]): f"{pair[1:]} " for pair in (
 _NO_UNIT = (
     r"(?<![A-Za-z])(?:(?:(?:hundred|thousand|[mbtr]+illion)(?:th)?|dozen|score|half|halve|third"
     r"|quarter|(?:four|fif|six|seven|eigh|nin|ten)th|ten|pair)s?|squared|cubed|factorial|plus|minus"
+    r"|root|twice|double|inverse|prime|lakh|crore|binary|permille"
     r"|times(?=\s*\w)|less|more|over|below|negative|choose|and|or|mod|if|where|for|not|to|out"
     r"|[knxyz]|(?<!\()(?:one|two|three|four|five|six|seven|eight|nine))(?![A-Za-z])")
 # Numbers and what may be between them, up to a digit or a closing bracket.
@@ -266,7 +267,7 @@ def _judge(answer, gold):
         a, b = _parse(answer), _parse(gold)             # y = 2x + 3 and 2x - y + 3 = 0
         ratio = ((a.lhs - a.rhs) / (b.lhs - b.rhs)).cancel()
         return len(a.free_symbols) > 1 and ratio.is_number and ratio.is_nonzero
-    # An equation is no value, but 2 + 3 = 5 is, where both sides are it.
+    # Every side must equal every side of the gold: 2 + 3 = 5 is 5, x + 2 = 5 is not.
     sides = [(x, y) for x in a.split("=") for y in b.split("=")]
     return all(_equal(*map(_parse, pair)) or _rounded(pair) for pair in sides)
 
@@ -298,9 +299,9 @@ def _parse(text):
     # Decimals are exact fractions, where the parser has 15 digits. 0.1[6] is sympy's 0.1666...
     text = re.sub(r"(\.\d*)\\overline\s*\{(\d+)\}", r"\1[\2]", text)
     text = re.sub(r"\d*\.[\d.]*(\[\d+\])?", lambda x: f"({sympify(x[0], rational=True)})", text)
-    # The parser would multiply what is side by side, and drop dots, bars, primes, moduli, bases. A
-    # time of day is no ratio.
-    if re.search(r"(?<![_\d])\d+\s+\d|-\s*-|\\ldots|mod|\d_|\d:\d\d|line|bar|'", text):
+    # The parser would multiply numbers or points that are side by side, and drop dots, bars,
+    # primes, moduli, bases. A time of day is no ratio.
+    if re.search(r"(?<![_\d])\d+\s+\d|-\s*-|\\ldots|mod|[A-Z]{2}|\d_|\d:\d\d|line|bar|'", text):
         raise ValueError(text)
     config = NormalizationConfig(malformed_operators=True)
     text = re.sub(r"\\?%", "/100", text)
@@ -549,8 +550,8 @@ def summarise(records):
 def evaluate(engine, tokenizer, held_out, sampling, samples, seed):
     """
     Sample `samples` responses to each (problem, prompt ids) of `held_out` and measure them:
-    (summary with the settings of sampling, records), the same on every rank. Each rank answers its
-    share. Other arguments as in `respond`.
+    (summary with the settings of sampling, records), the same on every rank but for the gaps, which
+    are those of its own share of the responses. Other arguments as in `respond`.
     """
     import torch.distributed as dist
 

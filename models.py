@@ -210,7 +210,8 @@ def unsharded(model):
 def digest(tensors):
     """
     A number for what is in these tensors, whatever their order, shapes, padding with zeros and
-    dtype: the sum, modulo 2^64, of the squares of the bits of each number in fp32.
+    dtype: the 32 bits of each number in fp32 are read as an integer, and the squares of these
+    integers are added, modulo 2^64.
     """
     total = 0
     for tensor in tensors:

@@ -258,8 +258,7 @@ def share_rewards(cfg, batch, tokenizer):
 
 class MicroBatch:
     """
-    sequences: the responses. The rest are tensors (N,), a number for each response
-    token:
+    sequences: the responses. The rest are tensors (N,), a number for each response token:
         targets               its id
         sampler_logps         its log-prob by the engine that sampled it
         advantages, weights   A_i and w_i of its response
@@ -276,7 +275,7 @@ class MicroBatch:
         targets, *rest = torch.tensor(rows, device=device).T  # fp32 is exact for ids below 2 ** 24
         self.targets, self.old_logps, self.ref_logps = targets.long(), None, None
         self.sampler_logps, self.advantages, self.weights = rest
-        self.weights[~self.sampler_logps.isfinite()] = 0  # the sampler may be at its numbers' end
+        self.weights[~self.sampler_logps.isfinite()] = 0  # as at an entropy near 0
 
 
 def micro_loss(cfg, micro, logps):
@@ -445,7 +444,7 @@ def main(argv):
         rollouts = engine.generate(asked, sampling, [seed for _, _, seed in slots])
         if step <= start_step + 1 or step % cfg.check_sync_every == 0:
             score(engine, asked, rollouts)
-            end_early(save, step)
+        end_early(save, step)
         responses = [
             Sampled(prompts[i], tokens, logps, reason == "length", place, golds[i])
             for (place, i, _), (tokens, logps, reason) in zip(slots, rollouts)

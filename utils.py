@@ -1,10 +1,5 @@
 """
-Shared by the stages: config files, processes and seeds, models, forward passes that keep the hidden
-states of response tokens only, checkpoints and logs.
-
-Shape suffixes: B sequences in a micro-batch, T tokens in the longest of them, N response tokens,
-H hidden size, V vocabulary. A *sequence* is a pair (prompt ids, response ids), two lists of ints.
-Tokens go in and tokens come out: no response is ever decoded and encoded again.
+Shared by the stages: config files, processes and seeds, updates, runs and their logs, checkpoints.
 """
 
 import ast
@@ -287,8 +282,8 @@ def catch_signals():
 
 def end_early(save, step):
     """
-    Where any rank has noted a signal or a fault all ranks save and leave: with the exit code of a
-    program that died of the signal, or with the fault as a UserError.
+    Where any rank has noted a signal or a fault all ranks save and leave: with exit code 128 + the
+    signal's number, or 1, and on the rank that has it with the fault as a UserError.
     """
     code = 128 + _noted[0][0] if _noted else len(faults)
     code = all_reduce(torch.tensor(code), dist.ReduceOp.MAX).item()
@@ -538,7 +533,8 @@ def log_step(cfg, columns, row, header):
 class Timer(dict):
     """
     Seconds by name of the lap, and in all, as a dict for the log; on a GPU also the peak of this
-    rank's memory so far, in GB. There each lap waits for the device, or its time would be wrong.
+    rank's memory so far, in GB, less the engine's. There each lap waits for the device, or its time
+    would be wrong.
     """
 
     def __init__(self, device):

@@ -297,9 +297,27 @@ def test_an_engine_at_fault(tmp_path):
     own = done.stderr.split("torch/distributed/elastic")[0]
     assert done.returncode == 1 and "Traceback" not in own, own
     assert own.count("error: ") == own.count("error: rank 1: the engine's weights are not") == 1
-    assert "step 2 is saved: --resume goes on" in done.stdout
+    assert "ends with code 1; step 2 is saved: --resume goes on" in done.stdout
     assert json.loads((out / "last/train_state.json").read_text())["step"] == 2
     assert len(utils.read_lines(out / "metrics.jsonl")) == 2
+
+
+def test_a_signal_to_one_rank(tmp_path):
+    """All end, with its code."""
+    script = tmp_path / "signalled.py"
+    script.write_text(f"""if True:
+        import sys
+        sys.path.insert(0, {os.getcwd()!r})
+        import utils
+        def main(argv):
+            utils.init_processes()
+            if utils.RANK == 1:
+                utils._noted.append((15, 0.0))
+            utils.end_early(lambda: print("saved"), 7)
+        utils.run(main, "", dict)""")
+    done = torchrun(2, script, timeout=60)
+    assert done.stdout.count("saved\n") == 2
+    assert "ends with code 143; step 7 is saved" in done.stdout, done.stderr
 
 
 def test_a_folder_that_is_not_shared(tmp_path):

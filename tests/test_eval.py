@@ -170,11 +170,12 @@ def test_training_measures_the_same(train, tmp_path):
 
 
 def test_an_engine_with_other_weights(tmp_path, monkeypatch):
-    """The evaluation ends after the first window, whose responses are kept."""
+    """The evaluation ends after the first window, whose responses are kept, but not as results."""
     monkeypatch.setattr(HFEngine, "in_sync", lambda self: False)
     with pytest.raises(utils.UserError, match="the engine's weights are not the model's"):
         run(tmp_path)
-    assert len(utils.read_lines(tmp_path / "samples_000.jsonl")) == 10
+    assert len(utils.read_lines(tmp_path / "faulty_000.jsonl")) == 10
+    assert not (tmp_path / "samples_000.jsonl").exists()
 
 
 def test_resume_after_a_kill(done, tmp_path, monkeypatch):

@@ -115,4 +115,4 @@ def test_memory_of_the_papers_shapes(tmp_path):
     cfg = utils.load_config(estimate.Config, argv)
     expected = estimate.memory(cfg, estimate.read_models(cfg))["at most at a time"] / 1e9
     assert rows[-1]["peak_gb"] < 1.02 * rows[1]["peak_gb"]
-    assert rows[-1]["peak_gb"] < 1.1 * expected
+    assert 0.3 * expected < rows[-1]["peak_gb"] < 1.1 * expected

@@ -294,6 +294,8 @@ functions       sqrt(17)|\sqrt{17}  OR  \arctan(2)|\tan^{-1}(2)  OR  \sec^2 y|\t
 the gold        5|so $x=\boxed{5}$
 """
 DIFFERENT = r"""
+points          HT|TH  OR  \triangle ABC|\triangle ACB
+words           5 root|5  OR  3 double|3  OR  101 binary|101  OR  5 lakh|5
 tiny values     2^{-98}|2^{-99}  OR  \frac{1}{20!}|\frac{1}{21!}
                 1.6 \times 10^{-19}|9.1 \times 10^{-19}  OR  0|2^{-30}
                 \frac{3}{2^{24}}|\frac{1}{2^{24}}
@@ -488,6 +490,8 @@ def hostile(n, seed=0):
 
 
 HUGE = [
+    "\\boxed{1} and " * 300 + "\\boxed{5", "\\boxed{1} and " * 300 + "it is \\boxed{7}.",
+    "\\boxed{" + "½" * 400 + "}",
     "\\boxed{" + "\\frac" * 20000 + "}", "{" * 100000, "\\boxed{" * 20000, "\\boxed" * 20000,
     "\\boxed{" + "9^" * 300 + "9}", "\\boxed{" + "(" * 5000 + "}", "\\boxed{9^{9^{9^{9}}}}",
     "\\boxed{" + "1" * 99 + "}", "\\boxed{" + "1" * 9999 + "}", "\\boxed{100000000!}", "#" * 100000,

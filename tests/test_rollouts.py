@@ -261,6 +261,13 @@ def test_log_probs_that_are_not_finite(student, prompts):
     _, others = score(engine, prompts[:4], rollouts)
     assert gaps["nonfinite_logps"] == 0 and others["nonfinite_logps"] == 2
     assert 0 < others["logprob_gap_mean"] <= others["logprob_gap_max"] <= gaps["logprob_gap_max"]
+    rollouts = [(tokens, [math.nan] * len(tokens), reason) for tokens, _, reason in rollouts]
+    engine.max_logprob_gap = 0.1
+    score(engine, prompts[:4], rollouts)
+    with pytest.raises(UserError, match="the mean passes max_logprob_gap=0.1"):
+        end_on_fault()
+    score(engine, [], [])
+    end_on_fault()
 
 
 def test_environment_of_vllm(monkeypatch):
