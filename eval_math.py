@@ -291,13 +291,13 @@ def main(argv):
         }
     versions = {package: version(package)
                 for package in ("torch", "transformers", "math-verify", "numpy")}
-    report = {
+    write_lines(out_dir / "results.json", [{
         "results": results,
         "settings": settings,
         "config": dataclasses.asdict(cfg),
         "versions": {"python": platform.python_version(), **versions},
-    }
-    write_lines(out_dir / "results.json", [report], mode="w")
+        "device": device.type,
+    }], mode="w")
     print_table(results)
     print(f"{len(records)} responses at T = {cfg.temperature}, top-p {cfg.top_p}, top-k "
           f"{cfg.top_k}, at most {cfg.max_new_tokens} tokens, seed {cfg.seed}; in {out_dir}\n"
