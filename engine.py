@@ -397,7 +397,7 @@ def choose_engine(kind, model):
 def make_engine(kind, cfg, model, dtype, vocab_size, max_length, sleeps=True):
     """
     The engine that `choose_engine` chooses by `kind`, for a model, with cfg's rollout_rows,
-    max_tokens_per_microbatch, kv_cache_gb, rollout_timeout and max_logprob_gap (None: 0.1 nats in
+    max_tokens_per_microbatch, kv_cache_gb, rollout_timeout and max_logprob_gap (None: 0.15 nats in
     bf16, 1e-4 in fp32, on a GPU 1e-2).
     """
     kind = choose_engine(kind, model)
@@ -408,7 +408,7 @@ def make_engine(kind, cfg, model, dtype, vocab_size, max_length, sleeps=True):
     engine.kv_cache_gb, engine.timeout = cfg.kv_cache_gb, cfg.rollout_timeout
     on_gpu = model.device.type == "cuda"
     engine.sleeps = sleeps and on_gpu
-    limit = 0.1 if dtype == torch.bfloat16 else 1e-2 if on_gpu else 1e-4
+    limit = 0.15 if dtype == torch.bfloat16 else 1e-2 if on_gpu else 1e-4
     engine.max_logprob_gap = cfg.max_logprob_gap or limit
     return engine
 

@@ -171,7 +171,7 @@ def test_distributions_agree(engine, model, prompts, settings):
 def test_bf16(prompts, model):
     """Weights rounded to bf16 in both: the rest is rounding on the way, below the default limit."""
     engine = make(model, torch.bfloat16, max_logprob_gap=None)
-    assert engine.max_logprob_gap == 0.1
+    assert engine.max_logprob_gap == 0.15
     assert 0 < mean_gap(engine, prompts[:32], Sampling(40, STOPS)) < 0.02
 
 
