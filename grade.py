@@ -23,6 +23,7 @@ import sys
 import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from operator import itemgetter
 
 # ----------------------------------------------------------------------------------------- verdicts
@@ -268,8 +269,8 @@ def _judge(answer, gold):
         ratio = ((a.lhs - a.rhs) / (b.lhs - b.rhs)).cancel()
         return len(a.free_symbols) > 1 and ratio.is_number and ratio.is_nonzero
     # Every side must equal every side of the gold: 2 + 3 = 5 is 5, x + 2 = 5 is not.
-    sides = [(x, y) for x in a.split("=") for y in b.split("=")]
-    return all(_equal(*map(_parse, pair)) or _rounded(pair) for pair in sides)
+    return all(_equal(*map(_parse, pair)) or _rounded(pair)
+               for pair in product(a.split("="), b.split("=")))
 
 
 def _rounded(pair):
@@ -316,14 +317,13 @@ def _equal(a, b):
 
     if a == b:
         return a != zoo
-    if isinstance(a, Expr) and isinstance(b, Expr):
-        return a.equals(b)
+    if isinstance(a, Expr) and isinstance(b, Expr):     # proving takes longer than parsing
+        return a.free_symbols == b.free_symbols and a.equals(b)
     if len(a.free_symbols | b.free_symbols) < 2:        # 0 < x < 5 is the set (0, 5), and 5 is {5}
         a, b = (x.as_set() if hasattr(x, "as_set") else FiniteSet(x) if isinstance(x, Expr) else x
                 for x in (a, b))
-    if type(a) is not type(b) or len(a.args) != len(b.args):
-        return False
-    return all(map(_equal, a.args, b.args))
+    return (type(a) is type(b) and len(a.args) == len(b.args)
+            and all(map(_equal, a.args, b.args)))
 
 
 # -------------------------------------------------------------------------------- worker processes
