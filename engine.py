@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import faulthandler
 import importlib.metadata
-import logging
 import math
 import os
 import tempfile
@@ -261,8 +260,6 @@ class VLLMEngine(Engine):
             config.save_pretrained(temporary)
             with contextlib.suppress(OSError):  # it is there already
                 os.rename(temporary, folder)
-        # That a weight was not loaded is a warning of this part of vLLM.
-        logging.getLogger("vllm.model_executor.model_loader").setLevel("WARNING")
         with torch.cuda.stream(stream):
             self.llm = LLM(
                 str(folder),

@@ -8,6 +8,7 @@ two lists of ints. Tokens go in and tokens come out: no response is ever decoded
 
 import contextlib
 import functools
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,6 @@ from utils import (
     UserError,
     as_user_error,
     fingerprint,
-    first_line,
     print0,
     print_once,
 )
@@ -65,10 +65,11 @@ def load_model(path, dtype, device="cpu", recompute=False):
     except ValueError as error:
         print0(
             f"warning: {path}: of its generation_config only the stop ids stay: "
-            f"{first_line(error)}"
+            f"{textwrap.shorten(str(error), 160)}"
         )
-        stops = model.generation_config.eos_token_id
-        model.generation_config = GenerationConfig(eos_token_id=stops)
+        model.generation_config = GenerationConfig(
+            eos_token_id=model.generation_config.eos_token_id
+        )
     return model.to(device).eval()
 
 

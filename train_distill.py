@@ -215,7 +215,7 @@ def get_responses(cfg, slots, horizon, data, models, engines, check):
     else:
         engine, prompts = engines[source], [data.prompts[i] for i in indices]
         sampling = Sampling(
-            horizon, models.stops[source], cfg.temperature, cfg.top_p, cfg.top_k, check
+            horizon, models.stops[source], cfg.temperature, cfg.top_p, cfg.top_k, want_logps=check
         )
         rollouts = engine.generate(prompts, sampling, seeds)
         if check:

@@ -180,7 +180,7 @@ class Trajectories:
         lengths = {}
         for number, shard in enumerate(self.shards):
             self.settings = self.shards[0].settings
-            remedy = f"as shards before it: keep one kind in {folder}"
+            remedy = f"that is what the shards before it have: keep one kind in {folder}"
             must_match(shard.settings, self.settings, shard.path, remedy)
             for row, (key, length) in enumerate(zip(shard.keys, shard.lengths.tolist())):
                 if length:

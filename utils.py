@@ -668,5 +668,7 @@ def run(main, doc, cls):
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()
     sys.stdout.flush()
+    if not isinstance(code, int):  # sys.exit("words"), in a user's own edit
+        sys.exit(code)
     # An orderly end would wait for gloo's threads, for a rank that is gone or an engine asleep.
     os._exit(code)

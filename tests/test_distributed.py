@@ -277,6 +277,17 @@ def test_one_process_has_a_bug(tmp_path):
     assert own.count("error: ") == own.count("error: rank 0: another process has ended") == 1, own
 
 
+def test_words_as_an_exit_code(tmp_path):
+    script = tmp_path / "words.py"
+    script.write_text(f"""if True:
+        import sys
+        sys.path.insert(0, {os.getcwd()!r})
+        import utils
+        utils.run(lambda argv: sys.exit("own words"), "", dict)""")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "own words\n")
+
+
 def test_an_engine_at_fault(tmp_path):
     """One rank finds in step 3 that its engine is stale: both save that step's student, and end."""
     script = tmp_path / "stale.py"

@@ -313,7 +313,7 @@ def test_foreign_shards(copy, tmp_path):
 
     path.write_bytes(original)
     rewrite(path, {"temperature": 0.5})
-    assert "was made with temperature=1.0, not 0.5; as shards before it" in mistake(copy)
+    assert "was made with temperature=1.0, not 0.5; that is what the shards before" in mistake(copy)
 
     path.write_bytes(original)
     shutil.copy(path, copy / "000_00009.safetensors")
