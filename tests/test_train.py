@@ -677,7 +677,8 @@ def test_a_student_that_could_not_be_saved(train, tmp_path, capsys, file, conten
         content = json.loads((student / file).read_text()) | content
     (student / file).write_text(json.dumps(content))
     _, run = train(OPD, "--max_steps=1", f"--student={student}", "--stop=student")
-    said = re.search("only the stop ids stay: .*(temperature|pad_token_id)", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    said = re.search("only the stop ids stay: .*(temperature|pad_token_id)", printed)
     assert bool(said) == kept
     assert load_model(run / "last", torch.float32).generation_config.eos_token_id == [257, 3]
 
