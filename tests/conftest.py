@@ -2,6 +2,10 @@
 
 import os
 import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 # The same numbers on every machine; CUDA_VISIBLE_DEVICES=0 takes a GPU.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -22,6 +26,22 @@ torch.set_num_threads(2)
 STOPS = (257, 260)  # <|endoftext|>, <|im_end|>
 SHORT = ["--batch_size=8", "--max_new_tokens=24", "--eval_every=0", "--save_every=1000",
          "--max_tokens_per_microbatch=512"]
+
+
+def torchrun(n, *arguments, timeout=500):
+    """
+    A finished process, with what its ranks printed, rank after rank: each writes into a file of
+    its own, for in one pipe a rank's line may lie in the middle of another's.
+    """
+    with tempfile.TemporaryDirectory() as logs:
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--redirects=3",
+             f"--nproc_per_node={n}", f"--log-dir={logs}", *map(str, arguments)],
+            timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+        done.stdout, done.stderr = (
+            "".join(path.read_text() for path in sorted(Path(logs).glob(f"*/*/*/{stream}.log")))
+            for stream in ("stdout", "stderr"))
+    return done
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import torchrun
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as bpe
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -213,11 +214,8 @@ def test_resume_after_a_kill(done, tmp_path, monkeypatch):
 
 def test_two_processes(done, tmp_path):
     out = tmp_path / "two"
-    finished = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-         "--master_port=29643", "eval_math.py", "configs/toy_eval.py", "--model=data/toy/student",
-         *FEW, f"--out_dir={out}"],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    finished = torchrun(2, "eval_math.py", "configs/toy_eval.py", "--model=data/toy/student", *FEW,
+                        f"--out_dir={out}")
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert responses((out / "samples.jsonl").read_text()) == responses(done[2])
 

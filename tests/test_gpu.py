@@ -5,13 +5,11 @@ which of it has run.
 
 import json
 import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import STOPS, steps_of
+from conftest import STOPS, steps_of, torchrun
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import estimate
@@ -74,9 +72,8 @@ def test_two_ranks(tmp_path):
     losses = []
     for ranks, options in ((1, []), (2, []), (2, ["--fsdp=True"])):
         out = tmp_path / f"{ranks}{len(options)}"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                   f"--nproc_per_node={ranks}", *argv, *options, f"--out_dir={out}"]
-        subprocess.run(command, check=True, timeout=600)
+        done = torchrun(ranks, *argv, *options, f"--out_dir={out}")
+        assert done.returncode == 0, done.stderr
         losses.append([row["loss"] for row in steps_of(utils.read_lines(out / "metrics.jsonl"))])
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
     assert losses[2] == pytest.approx(losses[0], rel=1e-2)

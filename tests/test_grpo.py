@@ -5,13 +5,11 @@ processes, mistakes.
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+from conftest import torchrun
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as bpe
 from transformers import PreTrainedTokenizerFast
@@ -370,10 +368,7 @@ def test_two_processes_are_one(rl, tmp_path):
     script.write_text(DRIVER)
     runs = [argv_of(tmp_path / name, *options, f"--max_steps={steps - 1}")
             for name, (steps, options) in ways.items()]
-    finished = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(script), json.dumps(runs)],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    finished = torchrun(2, script, json.dumps(runs))
     assert finished.returncode == 0, finished.stderr[:2000]
 
     keys = ("loss", "reward_mean", "student_entropy", "grad_norm", "kl_to_reference", "tflops",

@@ -2,7 +2,6 @@
 
 import copy as copy_module
 import json
-import os
 import resource
 import shutil
 import signal
@@ -12,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import STOPS
+from conftest import STOPS, torchrun
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -154,11 +153,7 @@ def test_killed_and_started_again(tmp_path, shards):
 
 def test_two_processes(tmp_path, shards):
     out = tmp_path / "two"
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29641"]
-    done = subprocess.run(
-        [sys.executable, *torchrun, *command(out)],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = torchrun(2, *command(out))
     assert done.returncode == 0, done.stderr[-2000:]
     assert {path.name[:3] for path in out.glob("*.safetensors")} == {"000", "001"}
     assert contents(out) == contents(shards)

@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -20,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import torchrun
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import engine as engine_module
@@ -438,14 +438,11 @@ def test_two_ranks_and_a_dead_engine(tmp_path, capfd):
 
     script = tmp_path / "breaking.py"
     script.write_text(BREAKING)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(script), str(sharded), str(cut), *ARGS],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    own = done.stderr.split("torch/distributed/elastic")[0]
-    assert done.returncode == 1 and "Traceback" not in own, own
-    assert own.count("error: rank 1: vLLM failed: RuntimeError: the core is dead; ") == 1, own
-    assert own.count("error: rank 0: another process has ended") == 1, own
+    done = torchrun(2, script, sharded, cut, *ARGS)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    for once in ("error: rank 1: vLLM failed: RuntimeError: the core is dead; ",
+                 "error: rank 0: another process has ended"):
+        assert done.stderr.count(once) == 1, done.stderr
 
     assert losses(sharded) == pytest.approx(losses(whole), rel=1e-4)
     checked = [row["logprob_gap_max"] for row in step_rows(sharded) if "logprob_gap_max" in row]
