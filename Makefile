@@ -49,8 +49,18 @@ real-pruned: .venv/installed-real
 	$(BIN)/python train_distill.py configs/smollm_pruned.py --resume
 	$(BIN)/python plot.py out/smollm_pruned --y reverse_kl forward_kl student_entropy
 
+# Two halves side by side, a thread each: the models are too small for a second one. The first has
+# the tests that start processes of their own.
+PROCESSES = tests/test_distributed.py tests/test_sample.py tests/test_vllm.py
+
 test: lint .venv/installed-vllm
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 test-processes test-others
+
+test-processes:
+	$(BIN)/python -m pytest $(PROCESSES)
+
+test-others:
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(PROCESSES))
 
 test-all: lint .venv/installed-vllm
 	$(BIN)/python -m pytest -m ""
@@ -119,4 +129,5 @@ $(BIN)/python:
 		$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec; fi
 	@touch $@
 
-.PHONY: demo rl-demo cells paper-toy real real-cells real-pruned test test-all test-gpu lint bench bench-ranks chaos results general venv
+.PHONY: demo rl-demo cells paper-toy real real-cells real-pruned test test-processes \
+	test-others test-all test-gpu lint bench bench-ranks chaos results general venv

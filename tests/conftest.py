@@ -1,4 +1,4 @@
-"""Two threads, the toy models, and a short way to run the training script in this process."""
+"""The toy models, and a short way to run the training script in this process."""
 
 import os
 import re
@@ -21,7 +21,7 @@ from data.problems import encode_prompt, load_problems, load_tokenizer
 from models import load_model
 from utils import read_lines
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 STOPS = (257, 260)  # <|endoftext|>, <|im_end|>
 SHORT = ["--batch_size=8", "--max_new_tokens=24", "--eval_every=0", "--save_every=1000",
