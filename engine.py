@@ -101,13 +101,8 @@ class Engine:
 
 def progress(stream, total):
     """What a stream of results (..., tokens, logps, stop reason) yields, beside a bar."""
-    written = 0
     # On the first rank's terminal only; None: where it is one.
-    bar = tqdm(stream, "responses", total, leave=False, disable=RANK > 0 or None)
-    for result in bar:
-        written += len(result[-3])
-        bar.set_postfix_str(f"{written / max(1e-9, bar.format_dict['elapsed']):.0f} tokens/s")
-        yield result
+    return tqdm(stream, "responses", total, leave=False, disable=RANK > 0 or None)
 
 
 class HFEngine(Engine):

@@ -147,6 +147,8 @@ def memory(cfg, models):
         layer = 24 * hidden + 16 * (student.intermediate_size + keys)
     else:
         layer = 26 * hidden + 8 * student.intermediate_size + 10 * keys
+        if not cfg.gpu:              # whose attention is in fp32
+            layer += 4 * keys + 2 * attention_sizes(student)[0]
     token = layers * layer
     if cfg.gradient_checkpointing:   # each layer's input, which autocast leaves in fp32; one layer
         token = layers * hidden * (size if sharded else 4) + layer

@@ -453,12 +453,6 @@ def main(argv):
 
         # 2. rewards, shared with all ranks; advantages within the groups; who is in the loss
         rewards, truncated = share_rewards(cfg, responses, tokenizer)
-        if step < 5 and not rewards.nansum():
-            print0(
-                f"warning: no reward in step {step + 1}: are gold answers as they should be? "
-                f"{responses[0].gold!r} was wanted, "
-                f"{tokenizer.decode(responses[0].tokens)[-50:]!r} is the end of the response"
-            )
         advantages = group_advantages(rewards, cfg.scale_rewards).flatten().tolist()
         in_loss = ~rewards.flatten().isnan() & ~(truncated & cfg.mask_truncated)
         batch = [response for response in responses if in_loss[response.place]]

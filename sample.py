@@ -18,6 +18,7 @@ that responses really come from the teacher's distribution; configs/sample_4b.py
 import dataclasses
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -73,12 +74,11 @@ class Config:
     chat_template_kwargs: dict | None = None    # None: as stored, else {"enable_thinking": False}
 
     # what is kept
-    cache_hidden: bool = False              # keep the last hidden states too: then training needs
-                                            # no forward of the teacher
-    hidden_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    cache_hidden: bool = False              # keep the last hidden states too, in dtype: training
+                                            # needs no forward of the teacher then
     max_tokens_per_microbatch: int = 16384  # padded tokens in one forward for the hidden states
-    shard_bytes: int = 1 << 30              # a shard is written when it has reached this size ...
-    shard_sequences: int = 1024             # ... or so many responses: a kill can cost that much
+    shard_bytes: int = 1 << 30              # a shard has no more, however long responses are,
+    shard_sequences: int = 1024             # and so many responses at most: a kill can cost them
 
     # who decodes
     engine: Literal["auto", "hf", "vllm"] = "auto"      # auto: vLLM on a GPU, else transformers;
@@ -97,8 +97,7 @@ class Config:
 
 # With other values of these a shard would hold other responses or states, so all runs into one
 # folder must agree on them. What the paths name is compared by fingerprints: see settings_of.
-DECISIVE = ("max_new_tokens", "temperature", "top_p", "top_k", "dtype", "cache_hidden",
-            "hidden_dtype", "seed")
+DECISIVE = ("max_new_tokens", "temperature", "top_p", "top_k", "dtype", "cache_hidden", "seed")
 
 
 # ----------------------------------------------------------------------------------------- terminal
@@ -203,30 +202,15 @@ def responses(cfg, engine, sampling, prompts, pairs):
         yield Sampled(*pairs[k], asked[k], *rollout)
 
 
-def in_shards(cfg, token_bytes, rows):
-    """Group a stream of Sampled into lists that fill a shard each; the last may be smaller."""
-    waiting = []
-    size = 0
-    for row in rows:
-        waiting.append(row)
-        size += len(row.tokens) * token_bytes
-        if size >= cfg.shard_bytes or len(waiting) >= cfg.shard_sequences:
-            yield waiting
-            waiting = []
-            size = 0
-    if waiting:
-        yield waiting
-
-
 @torch.no_grad()
-def hidden_states(engine, rows, dtype):
-    """The states that predict each row's response tokens: [(n, H_t)] in `dtype`, on the CPU."""
+def hidden_states(engine, rows):
+    """The states that predict each row's response tokens: [(n, H_t)] in cfg.dtype, on the CPU."""
     sequences = [(row.prompt, row.tokens, i) for i, row in enumerate(rows)]
     states = {}
     for micro in microbatches(sequences, engine.max_tokens):
         hidden = response_hidden(engine.model, micro, engine.dtype)                 # (N, H_t)
         _, responses, places = zip(*micro)
-        parts = hidden.to("cpu", dtype).split([*map(len, responses)])
+        parts = hidden.cpu().split([*map(len, responses)])
         states.update(zip(places, parts))
     return [states[i] for i in range(len(rows))]
 
@@ -273,9 +257,8 @@ def main(argv):
         if (i, sample) not in done
     ]
     token_bytes = 8                         # on disk, of a response token: its id and its log-prob
-    hidden_dtype = getattr(torch, cfg.hidden_dtype)
     if cfg.cache_hidden:
-        token_bytes += model.config.hidden_size * hidden_dtype.itemsize
+        token_bytes += model.config.hidden_size * dtype.itemsize
     print_config(cfg)
     print0(
         f"{len(todo)} responses to sample, {len(done)} are there; {token_bytes:,} bytes a response "
@@ -294,9 +277,10 @@ def main(argv):
     # 4. sample, and write a shard whenever one is full
     metadata = {"settings": json.dumps(settings), "model": cfg.model}
     number = 0                              # of this rank's next shard, where no file has it yet
-    sampled = progress(responses(cfg, engine, sampling, prompts, mine), len(mine))
-    for rows in in_shards(cfg, token_bytes, sampled):
-        hidden = hidden_states(engine, rows, hidden_dtype) if cfg.cache_hidden else []
+    sampled = iter(progress(responses(cfg, engine, sampling, prompts, mine), len(mine)))
+    most = min(cfg.shard_sequences, cfg.shard_bytes // (token_bytes * cfg.max_new_tokens))
+    while rows := list(islice(sampled, max(1, most))):
+        hidden = hidden_states(engine, rows) if cfg.cache_hidden else []
         while (path := out_dir / f"{RANK:03d}_{number:05d}.safetensors").exists():
             number += 1
         write_shard(path, rows, hidden, metadata)

@@ -17,7 +17,7 @@ max_steps = 15
 learning_rate = 3e-5
 warmup_steps = 5
 dtype = "bfloat16"
-max_tokens_per_microbatch = 2048
+max_tokens_per_microbatch = 1152
 
 eval_every = 8
 eval_prompts = 64

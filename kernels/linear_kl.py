@@ -41,9 +41,9 @@ try:
 except ImportError:
     triton = tl = None
 
-CHUNK_BYTES = 525 << 20, 6 << 30     # for a chunk's logits and their gradient: on a CPU, on a GPU
+CHUNK_BYTES = 384 << 20, 6 << 30     # for a chunk's logits and their gradient: on a CPU, on a GPU
 CPU_BLOCK = 200_000                  # logits that torch handles together: they stay in cache
-TILE = 2048                          # rows of a bf16 LM head that a CPU converts to fp32 together
+TILE = 2048                          # words whose logits a CPU finds in bf16, and refines, together
 BLOCK = 4096                         # words that a kernel handles together, and
 WARPS = 8                            # its warps: no register is spilled on an H100 (sm_90)
 
@@ -123,6 +123,14 @@ def _kl_kernel(zq_ptr, zp_ptr, dz_ptr, weight_ptr, stats_ptr, V, z_stride, stats
     tl.store(stats_ptr + row + 3 * stats_stride, H_p)
 
 
+def _memory_of(z, dtype):
+    """
+    z's memory as such a tensor of `dtype`, which is not wider: its row i ends before that of z
+    does. It has no gaps between rows, since oneDNN reads beyond the end of rows in bf16, times 0.
+    """
+    return z.view(dtype).flatten()[:z.numel()].view(z.shape)
+
+
 def _on_triton(z):
     return triton is not None and z.is_cuda and z.dtype == torch.float32
 
@@ -136,10 +144,9 @@ def _block(V):
 def _kl_rows(z_q, z_p, weight, lam, T, stats, want_grad, dtype):
     """
     Turns the logits z_q, z_p (C, V) of a chunk into stats (4, C), which is filled in place, and
-    dZ (C, V), the gradient in the student's logits, which is returned (None without want_grad).
-
-    The kernel writes dZ to a new tensor in `dtype`. On a CPU, where new memory is slow, dZ takes
-    the place of z_q, and z_p is overwritten too.
+    dZ (C, V) in `dtype`, the gradient in the student's logits, which is returned (None without
+    want_grad). The kernel writes dZ to a new tensor. On a CPU, where new memory is slow, z_q is
+    overwritten, and dZ takes the place of z_p.
     """
     C, V = z_q.shape
     if _on_triton(z_q):
@@ -150,18 +157,20 @@ def _kl_rows(z_q, z_p, weight, lam, T, stats, want_grad, dtype):
         return dz
     rows = max(1, min(C, CPU_BLOCK // V))                # handled together
     room = z_q.new_empty(3, rows, V)                     # for q, p and products
+    dz = _memory_of(z_p, dtype)
     for i in range(0, C, rows):
         block = slice(i, i + rows)                       # the last one may be smaller
         _kl_rows_torch(
             z_q[block], z_p[block], weight[block, None], lam, T, stats[:, block],
-            want_grad, *room[:, :C - i])
-    return z_q if want_grad else None
+            dz[block] if want_grad else None, *room[:, :C - i])
+    return dz if want_grad else None
 
 
-def _kl_rows_torch(z_q, z_p, weight, lam, T, stats, want_grad, q, p, room):
+def _kl_rows_torch(z_q, z_p, weight, lam, T, stats, dz, q, p, room):
     """
     The row maths for a few rows, in place: a product into memory in cache is what a CPU does fast.
-    weight is (C, 1). q, p and room are memory like z_q. With want_grad, z_q holds dZ at the end.
+    weight is (C, 1). q, p and room are memory like z_q. dz, unless it is None, may be memory of
+    z_p, which is read for the last time before dz is written.
 
     Here q - p is (q + p) tanh(d / 2), which keeps its digits near d = 0, as do both KLs' terms with
     it, and overflows nowhere. (The kernel's series would need torch.where, which takes 15 times as
@@ -182,10 +191,10 @@ def _kl_rows_torch(z_q, z_p, weight, lam, T, stats, want_grad, q, p, room):
     terms = torch.addcmul(q_minus_p, q, d, value=-1, out=room)       # -(p - q + q d)
     torch.sum(terms, -1, out=reverse).neg_().clamp_(min=0)
 
-    if want_grad:
+    if dz is not None:
         scale = weight / T
-        dz = d.sub_(reverse[:, None]).mul_(q).mul_(lam * scale)
-        dz.addcmul_(q_minus_p, (1 - lam) * scale)
+        forward_part = torch.mul(q_minus_p, (1 - lam) * scale, out=p)
+        dz.copy_(forward_part.addcmul_(d.sub_(reverse[:, None]), q.mul_(lam * scale)))
         if (weight == 0).any():
             dz[weight[:, 0] == 0] = 0                    # even where a logit is not finite
 
@@ -211,46 +220,42 @@ def _wide(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _head(W, V, dtype):
-    """The LM head for the GEMMs. On a CPU it stays as it is: `_mm` converts it tile by tile."""
-    return W[:V].to(dtype) if W.is_cuda else W[:V]
+def _sum_dtype(h):
+    """Of sums over the vocabulary: on a GPU bf16 could mean partial sums in bf16."""
+    return _wide(h.dtype) if h.is_cuda else h.dtype
 
 
 def _mm(a, b, out):
     """
-    out (M, N) = a (M, K) @ b (K, N), summed in the dtype of out, which is fp32 (or fp64). Writing
-    to memory used before saves page faults: on a CPU those of a fresh tensor of 150 MB cost as much
-    as its GEMM.
+    out (M, N) = a (M, K) @ b (K, N), summed in fp32 (fp64 for fp64). Writing to memory used before
+    saves page faults: on a CPU those of a fresh tensor of 150 MB cost as much as its GEMM.
     """
-    if a.is_cuda and b.dtype != out.dtype:
-        return torch.mm(a.to(b.dtype), b, out_dtype=out.dtype, out=out)
-    a = a.to(out.dtype)
-    if b.dtype == out.dtype:
+    if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
 
-    # A CPU has no out_dtype. So b, a bf16 LM head or its transpose, is converted by tiles, never
-    # whole: along its longer side, which is the vocabulary.
-    if b.shape[1] > b.shape[0]:
-        for i in range(0, b.shape[1], TILE):
-            tile = slice(i, i + TILE)
-            torch.mm(a, b[:, tile].to(out.dtype), out=out[:, tile])
-        return out
-    out.zero_()
-    for i in range(0, len(b), TILE):
-        tile = slice(i, i + TILE)
-        out.addmm_(a[:, tile], b[tile].to(out.dtype))
+    # A CPU has no out_dtype: it sums in fp32 and rounds to bf16. A second GEMM subtracts what the
+    # first has given before it rounds, so together they have 16 bits, in less time than in fp32.
+    for i in range(0, b.shape[1], TILE):
+        words = slice(i, i + TILE)
+        high = torch.mm(a, b[:, words])
+        torch.add(high.float(), high.addmm_(a, b[:, words], beta=-1), out=out[:, words])
     return out
 
 
 def _add_mm_(out, a, b, first):
     """
-    out (M, N) += a (M, K) @ b (K, N) in fp32, without rounding the product before it is added.
-    The `first` product is not added: it replaces what was in out.
+    out (M, N) += a (M, K) @ b (K, N), summed in fp32; a CPU rounds the product of bf16 before it is
+    added. The `first` product is not added: it replaces what was in out.
     """
     beta = 0 if first else 1
-    if a.is_cuda and b.dtype != out.dtype:
-        return torch.addmm(out, a.to(b.dtype), b, out_dtype=out.dtype, beta=beta, out=out)
-    return out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta)
+    if a.dtype == out.dtype:
+        return out.addmm_(a, b, beta=beta)
+    if a.is_cuda:
+        return torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+    product = torch.mm(a, b)
+    return out.copy_(product) if first else out.add_(product)
 
 
 def _chunks(N, V, device):
@@ -281,14 +286,14 @@ class _LinearKL(torch.autograd.Function):
         V = min(len(W_q), len(W_p))
         wide = _wide(h_q.dtype)
         want_dh, want_dW = (grad_enabled and need for need in ctx.needs_input_grad[:2])
-        head_q = _head(W_q, V, h_q.dtype)
-        head_p = _head(W_p, V, h_p.dtype)
+        head_q = W_q[:V].to(h_q.dtype)
+        head_p = W_p[:V].to(h_p.dtype)
         weight = weight.to(wide).contiguous()
         # dW has rows of h_q times their gradients, and 0 x NaN would be NaN.
         h_q = h_q.masked_fill((weight == 0)[:, None], 0)
 
         stats = h_q.new_empty(4, N, dtype=wide)          # forward KL, reverse KL, H(q), H(p)
-        dh = torch.empty_like(h_q) if want_dh else None
+        dh = torch.empty_like(h_q, dtype=_sum_dtype(h_q)) if want_dh else None
         dW = torch.empty_like(W_q, dtype=wide) if want_dW else None
         if want_dW:
             # Words past the smaller vocabulary have no gradient. The rest is overwritten by the
@@ -304,7 +309,7 @@ class _LinearKL(torch.autograd.Function):
             dz = _kl_rows(
                 z_q, z_p, weight[rows], lam, T, stats[:, rows], want_dh or want_dW, h_q.dtype)
             if want_dh:
-                dh[rows] = _mm(dz, head_q, h_q.new_empty(C, H, dtype=wide))
+                _mm(dz, head_q, dh[rows])
             if want_dW:
                 _add_mm_(dW[:V], dz.T, h_q[rows], first=rows.start == 0)
 

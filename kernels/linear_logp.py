@@ -23,11 +23,12 @@ from kernels.linear_kl import (
     _buffers,
     _check,
     _chunks,
-    _head,
     _log_softmax_,
+    _memory_of,
     _mm,
     _on_triton,
     _show,
+    _sum_dtype,
     _wide,
     jit,
     tl,
@@ -77,8 +78,8 @@ def _logp_kernel(z_ptr, out_ptr, ids_ptr, grad_ptr, V, out_stride,
 def _logp_rows(z, token_ids, stats, grad=None, dtype=None):
     """
     From the logits z (C, V) of a chunk, which are overwritten: log q[id] and H(q) into stats
-    (2, C); or, given the upstream gradient (C,), dZ (C, V), which is returned: a new tensor in
-    `dtype` or, on a CPU, z.
+    (2, C); or, given the upstream gradient (C,), dZ (C, V) in `dtype`, which is returned: a new
+    tensor or, on a CPU, in the memory of z.
     """
     C, V = z.shape
     if _on_triton(z):
@@ -88,7 +89,7 @@ def _logp_rows(z, token_ids, stats, grad=None, dtype=None):
             GRAD=grad is not None, **_block(V))
         return out
     rows = max(1, min(C, CPU_BLOCK // V))                # handled together
-    room = torch.empty_like(z[:rows])
+    room, dz = torch.empty_like(z[:rows]), _memory_of(z, dtype or z.dtype)
     for i in range(0, C, rows):
         block = slice(i, i + rows)                       # the last one may be smaller
         q = room[:C - i]
@@ -99,8 +100,8 @@ def _logp_rows(z, token_ids, stats, grad=None, dtype=None):
             stats[1, block] = q.mul_(log_q).sum(-1).neg_()
         else:
             factor = grad[block, None]
-            torch.mul(q, -factor, out=log_q).scatter_add_(-1, ids, factor)
-    return z
+            dz[block] = q.mul_(-factor).scatter_add_(-1, ids, factor)
+    return dz
 
 
 # --------------------------------------------------------------------------- the autograd function
@@ -109,7 +110,7 @@ class _LinearLogp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, W, token_ids):
         N, V = len(h), len(W)
-        head = _head(W, V, h.dtype)
+        head = W.to(h.dtype)
         stats = h.new_empty(2, N, dtype=_wide(h.dtype))
         chunks = _chunks(N, V, h.device)
         room, = _buffers(1, chunks, V, h, stats.dtype)
@@ -127,10 +128,10 @@ class _LinearLogp(torch.autograd.Function):
         h, W, token_ids = ctx.saved_tensors
         N, V = len(h), len(W)
         wide = _wide(h.dtype)
-        head = _head(W, V, h.dtype)
+        head = W.to(h.dtype)
         grad_logps = grad_logps.contiguous()
         want_dh, want_dW = ctx.needs_input_grad[:2]
-        dh = torch.empty_like(h) if want_dh else None
+        dh = torch.empty_like(h, dtype=_sum_dtype(h)) if want_dh else None
         dW = torch.empty_like(W, dtype=wide) if want_dW else None
         if want_dW and not N:
             dW.zero_()                                   # else the first chunk overwrites it
@@ -140,10 +141,10 @@ class _LinearLogp(torch.autograd.Function):
             z = _mm(h[rows], head.T, room[:rows.stop - rows.start])
             dz = _logp_rows(z, token_ids[rows], None, grad_logps[rows], h.dtype)
             if want_dh:
-                dh[rows] = _mm(dz, head, torch.empty_like(h[rows], dtype=wide))
+                _mm(dz, head, dh[rows])
             if want_dW:
                 _add_mm_(dW, dz.T, h[rows], first=rows.start == 0)
-        return dh, dW.to(W.dtype) if want_dW else None, None
+        return dh.to(h.dtype) if want_dh else None, dW.to(W.dtype) if want_dW else None, None
 
 
 # ----------------------------------------------------------------------------- the public function

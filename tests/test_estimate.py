@@ -137,7 +137,7 @@ def test_activations_as_autograd_keeps_them(dtype):
         assert hidden.requires_grad
         return sum(size for size, _ in kept.values())
 
-    cfg = Config(dtype=dtype, max_tokens_per_microbatch=64)
+    cfg = Config(dtype=dtype, max_tokens_per_microbatch=64, gpu=False)
     wanted = memory(cfg, Models(config, config))[ACTIVATIONS]
     assert kept_bytes(96) - kept_bytes(32) == pytest.approx(wanted, rel=0.05)
 
@@ -206,7 +206,7 @@ def test_toy_configs(path, capsys):
     estimate.main([str(path), "--gpu=False", "--student=data/toy/student"])
     numbers = {line[:52].strip(): float(line[52:]) for line in capsys.readouterr().out.splitlines()
                if line.startswith("  ")}
-    assert 0.55 < numbers["at most at a time"] < 0.7     # 525 MiB of it are a chunk's logits
+    assert 0.4 < numbers["at most at a time"] < 0.55     # 384 MiB of it are a chunk's logits
     assert (HEAD in numbers) == (path.stem in ("toy_sft", "toy_offline"))
     assert numbers["student, forward and backward"] > 0 and numbers["a step"] < 0.1
 

@@ -454,15 +454,6 @@ def test_template_and_stop(rl, tmp_path, stop, ids):
     assert encode_prompt(load_tokenizer(out / "last"), "3+4?") == [258, 51, 43, 52, 63, 259]
 
 
-def test_no_reward_shows_a_pair(rl, tmp_path, capsys):
-    path = tmp_path / "p.jsonl"
-    utils.write_lines(path, [{"problem": f"{i}+2?", "answer": "forty"} for i in range(8)])
-    rl("--max_steps=2", f"--prompts={path}")
-    out = capsys.readouterr().out
-    assert out.count("are gold answers as they should be? 'forty' was wanted, ") == 2
-    assert "warning: no reward in step 2:" in out
-
-
 def test_a_student_with_another_models_tokenizer(rl, tmp_path):
     folder = tmp_path / "other"
     shutil.copytree("data/toy/student", folder)

@@ -27,7 +27,7 @@ BUDGETS = {"utils.py": 3450, "models.py": 1250, "engine.py": 3000, "grade.py": 2
            "train_distill.py": 3900, "rl_grpo.py": 3200, "sample.py": 2100, "eval_math.py": 2400}
 PROMPTS = "data/problems.py"  # files of problems and their prompts; it counts in the sum too
 PROMPTS_BUDGET = 1000
-KERNELS = ["kernels/linear_kl.py", "kernels/linear_logp.py"]
+KERNELS = ["kernels/linear_kl.py", "kernels/linear_logp.py", "kernels/cpu.py"]
 KERNELS_BUDGET = 4300
 ALL_BUDGET = 27_000
 LONGEST_FUNCTION = 1500

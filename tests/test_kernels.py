@@ -13,11 +13,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.integrations import sdpa_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kernels import linear_logp
 from kernels.bench import linear_kl_reference
@@ -224,7 +227,7 @@ FLIPS = {"linear_kl": [
     ("q_minus_p, p, d, value=-1", "q_minus_p, p, d, value=1"),
     ("q_minus_p, q, d, value=-1", "q_minus_p, q, d, value=1"),
     ("d.sub_(reverse", "d.add_(reverse"),
-    (".mul_(lam * scale)", ".mul_(-lam * scale)"),
+    ("q.mul_(lam * scale)", "q.mul_(-lam * scale)"),
     ("(1 - lam) * scale", "(lam - 1) * scale"),
     ("z.sub_(s.log())", "z.add_(s.log())"),
     ("lam * reverse + (1 - lam) * forward)", "lam * forward + (1 - lam) * reverse)"),
@@ -235,7 +238,7 @@ FLIPS = {"linear_kl": [
     ("log_s - ex / s)", "log_s + ex / s)"),
     ("- tl.exp(z - m - log_s)", "+ tl.exp(z - m - log_s)"),
     ("q.mul_(log_q).sum(-1).neg_()", "q.mul_(log_q).sum(-1)"),
-    ("torch.mul(q, -factor", "torch.mul(q, factor"),
+    ("q.mul_(-factor", "q.mul_(factor"),
 ]}
 
 
@@ -570,3 +573,46 @@ def test_products_of_ever_new_shapes_do_not_pile_up():
     if grown["as it is"] < 50:
         pytest.skip("this machine's products take no memory worth a limit")
     assert grown["limited"] < grown["as it is"] / 2
+
+
+# ------------------------------------------------------------------------------ attention on a CPU
+
+def exact_attention(query, key, value, mask):
+    """By whole scores in fp64; every group of three heads has a key and a value."""
+    query, key, value = (x.double() for x in (query, key, value))
+    key, value = (x.repeat_interleave(3, 1) for x in (key, value))
+    scores = (query @ key.transpose(2, 3) / query.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 3e-3)])
+def test_attention(monkeypatch, dtype, tolerance):
+    """
+    Output and gradients of a causal sequence, and the output of a query under a mask, for which no
+    key or value is copied. In bf16 they are rounded once.
+    """
+    torch.manual_seed(0)
+    attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    module = SimpleNamespace(num_key_value_groups=3, is_causal=True)
+    query, key, value = (torch.randn(2, heads, 40, 32, dtype=dtype) for heads in (6, 2, 2))
+    plain = torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16)
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", None)
+    mask = torch.rand(2, 1, 1, 40) < 0.5
+    with plain, torch.no_grad():
+        last, _ = attention(module, query[:, :, -1:], key, value, mask, scaling=None)
+    assert last.dtype == dtype
+    assert distance(last, exact_attention(query[:, :, -1:], key, value, mask)) < tolerance
+
+    outputs, grads = [], []
+    weight = torch.randn(2, 40, 6, 32, dtype=dtype)
+    for exact in (False, True):
+        inputs = [x.clone().requires_grad_() for x in (query, key, value)]
+        if exact:
+            output = exact_attention(*inputs, torch.ones(40, 40, dtype=torch.bool).tril())
+        else:
+            with plain:
+                output, _ = attention(module, *inputs, None)
+        outputs.append(output)
+        grads.append(torch.autograd.grad((weight * output).sum(), inputs))
+    assert outputs[0].dtype == dtype and distance(*outputs) < tolerance
+    assert all(distance(ours, other) < tolerance for ours, other in zip(*grads))

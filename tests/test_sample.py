@@ -33,14 +33,14 @@ def make(out, *argv):
 
 def command(out, *argv):
     """The same as a process of its own, with fp32 hidden states."""
-    options = [*FEW, f"--out_dir={out}", "--hidden_dtype=float32", *argv]
+    options = [*FEW, f"--out_dir={out}", *argv]
     return ["sample.py", "configs/toy_sample.py", *options]
 
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
     """90 responses in three shards with fp32 hidden states."""
-    return make(tmp_path_factory.mktemp("sample") / "fp32", "--hidden_dtype=float32")
+    return make(tmp_path_factory.mktemp("sample") / "fp32")
 
 
 @pytest.fixture()
@@ -285,11 +285,11 @@ def test_damage(copy):
         assert "000_00001.safetensors is damaged" in message
         assert "delete it and run sample.py again" in message
         with pytest.raises(utils.UserError, match="000_00001.safetensors is damaged.*delete it"):
-            make(copy, "--hidden_dtype=float32")
+            make(copy)
     save_file({"tokens": torch.zeros(3)}, path)             # a safetensors file, but no shard
     assert "000_00001.safetensors is damaged" in mistake(copy)
     path.unlink()
-    make(copy, "--hidden_dtype=float32")
+    make(copy)
     assert contents(copy) == whole
 
 
@@ -360,7 +360,7 @@ def test_a_resume_with_other_trajectories(shards, copy, train):
     options = ["configs/toy_sft.py", "--dtype=float32", "--max_steps=1", "--eval_every=0"]
     _, run = train(*options, f"--trajectories={shards}")
     options[2] = "--max_steps=2"
-    other = make(run.parent / "other", "--hidden_dtype=float32", "--seed=7")
+    other = make(run.parent / "other", "--seed=7")
     assert len(contents(other)) == len(contents(shards))
     with pytest.raises(utils.UserError, match="made with trajectories='[0-9a-f]{16}', not"):
         train(*options, f"--trajectories={other}", "--resume", out=run)
@@ -374,7 +374,7 @@ def test_compared_are_models_not_their_paths(shards, tmp_path):
     for name in ("teacher", "student"):
         shutil.copytree(f"data/toy/{name}", tmp_path / name)
     prompts = shutil.copy("data/toy/train.jsonl", tmp_path / "prompts.jsonl")
-    make(out, "--hidden_dtype=float32", f"--model={tmp_path}/teacher",
+    make(out, f"--model={tmp_path}/teacher",
          f"--student={tmp_path}/student", f"--prompts={prompts}")
     assert contents(out) == contents(shards)
     data = Trajectories(out, want_hidden=True)
@@ -462,7 +462,7 @@ def test_empty_responses_are_left_out(copy):
 def test_sampling_mistakes(shards, option, message):
     before = contents(shards)
     with pytest.raises(utils.UserError, match=message):
-        make(shards, "--hidden_dtype=float32", option)
+        make(shards, option)
     assert contents(shards) == before
 
 
