@@ -50,16 +50,16 @@ real-pruned: .venv/installed-real
 	$(BIN)/python plot.py out/smollm_pruned --y reverse_kl forward_kl student_entropy
 
 # Two halves side by side, a thread each: the models are too small for a second one. The first has
-# the tests that start processes of their own.
+# most of the tests that start processes of their own.
 PROCESSES = tests/test_distributed.py tests/test_sample.py tests/test_vllm.py
 
 test: lint .venv/installed-vllm
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 test-processes test-others
 
-test-processes:
+test-processes: .venv/installed-vllm
 	$(BIN)/python -m pytest $(PROCESSES)
 
-test-others:
+test-others: .venv/installed-vllm
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(PROCESSES))
 
 test-all: lint .venv/installed-vllm

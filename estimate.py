@@ -156,6 +156,8 @@ def memory(cfg, models):
         "update: activations of a micro-batch": cfg.max_tokens_per_microbatch * token,
         "update: logits of a chunk, gradient of the head":
             CHUNK_BYTES[cfg.gpu] + 4 * student.vocab_size * hidden}
+    if size == 2 and not cfg.gpu:    # a head in bf16, and its gradient's products
+        update["update: LM head in bf16"] = 4 * student.vocab_size * hidden
     if sharded:
         whole = (4 + size) * gathered_at_once(student)           # 4: gradients
         if kind == "teacher":

@@ -22,7 +22,6 @@ the same command, without --overwrite.
 
 import dataclasses
 import json
-import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -85,7 +84,6 @@ class Config:
     temperature: float = 0.6
     top_p: float = 0.95
     top_k: int = 0                                      # 0: all tokens
-    extra_stop_ids: tuple[int, ...] = ()                # tokens that end a response, too
     # A model whose chat template and stop ids are used too: for the row of a Base model, its
     # teacher, as its distilled checkpoints have them.
     template: str | None = None
@@ -136,7 +134,7 @@ def open_model(cfg, benchmarks, device):
     dtype = getattr(torch, cfg.dtype)
     tokenizer = load_tokenizer(cfg.model, cfg.chat_template_kwargs)
     model = load_model(cfg.model, dtype, device).requires_grad_(False)
-    ends = {*stop_ids(model.generation_config, tokenizer), *cfg.extra_stop_ids}
+    ends = {*stop_ids(model.generation_config, tokenizer)}
     if cfg.template:
         ends.update(adopt_template(tokenizer, cfg.template, cfg.chat_template_kwargs))
     sampling = Sampling(
@@ -289,13 +287,12 @@ def main(argv):
             "avg_interval": interval(shares, cfg.seed),
             "skipped": len(problems) - len(prompts[name]),
         }
-    versions = {package: version(package)
-                for package in ("torch", "transformers", "math-verify", "numpy")}
     write_lines(out_dir / "results.json", [{
         "results": results,
         "settings": settings,
         "config": dataclasses.asdict(cfg),
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {package: version(package)
+                     for package in ("torch", "transformers", "math-verify", "numpy")},
         "device": device.type,
     }], mode="w")
     print_table(results)

@@ -77,7 +77,8 @@ class Config:
     cache_hidden: bool = False              # keep the last hidden states too, in dtype: training
                                             # needs no forward of the teacher then
     max_tokens_per_microbatch: int = 16384  # padded tokens in one forward for the hidden states
-    shard_bytes: int = 1 << 30              # a shard has no more, however long responses are,
+    shard_bytes: int = 1 << 30              # a shard has no more of response tokens and states,
+                                            # unless one response does,
     shard_sequences: int = 1024             # and so many responses at most: a kill can cost them
 
     # who decodes
@@ -170,6 +171,7 @@ def settings_of(cfg, engine, tokenizer, stops, problems):
     texts = {i: problem["problem"] for i, problem in enumerate(problems)}
     return {
         **{key: getattr(cfg, key) for key in DECISIVE},
+        "hidden_dtype": cfg.dtype,
         "revision": model_revision(cfg.model),
         "tokenizer": tokenizer_revision(tokenizer),
         "problems": fingerprint(texts),

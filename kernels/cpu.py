@@ -7,21 +7,27 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations import sdpa_attention
 
-plain_attention = sdpa_attention.sdpa_attention_forward
+plain = sdpa_attention.sdpa_attention_forward
 plain_use_gqa = sdpa_attention.use_gqa_in_sdpa
 
 
 def attention(module, query, key, value, *args, **kwargs):
-    """In fp32 instead of bf16, whose backward takes a CPU three times as long."""
-    dtype = value.dtype
-    if dtype == torch.bfloat16 and value.is_cpu:
-        query, key, value = query.float(), key.float(), value.float()
+    """In fp32 instead of bf16, whose backward takes a CPU three times as long. Masks are bool."""
+    if value.dtype != torch.bfloat16 or not value.is_cpu:
+        return plain(module, query, key, value, *args, **kwargs)
+    wide = query.float(), key.float(), value.float()
     with torch.autocast("cpu", enabled=False):
-        output, _ = plain_attention(module, query, key, value, *args, **kwargs)
-    return output.to(dtype), None
+        output, _ = plain(module, *wide, *args, **kwargs)
+    return output.bfloat16(), None
+
+
+def use_gqa(mask, key, value):
+    """
+    Whether the heads of a group share keys and values. Under a mask, as in decoding, transformers
+    copies them for each head, which a CPU's kernel does not need.
+    """
+    return key.is_cpu or plain_use_gqa(mask, key, value)
 
 
 AttentionInterface.register("sdpa", attention)
-# The heads of a group share keys and values. Under a mask, as in decoding, transformers copies them
-# for each head, which a CPU's kernel does not need.
-sdpa_attention.use_gqa_in_sdpa = lambda *args: args[1].is_cpu or plain_use_gqa(*args)
+sdpa_attention.use_gqa_in_sdpa = use_gqa

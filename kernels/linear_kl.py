@@ -125,8 +125,9 @@ def _kl_kernel(zq_ptr, zp_ptr, dz_ptr, weight_ptr, stats_ptr, V, z_stride, stats
 
 def _memory_of(z, dtype):
     """
-    z's memory as such a tensor of `dtype`, which is not wider: its row i ends before that of z
-    does. It has no gaps between rows, since oneDNN reads beyond the end of rows in bf16, times 0.
+    The first part of z's memory as a tensor of z's shape in `dtype`, which is not wider: its row i
+    ends no later than row i of z. It has no gaps between rows: oneDNN reads beyond the end of a row
+    in bf16, and what it finds there, times 0, must not be NaN.
     """
     return z.view(dtype).flatten()[:z.numel()].view(z.shape)
 
@@ -221,7 +222,7 @@ def _wide(dtype):
 
 
 def _sum_dtype(h):
-    """Of sums over the vocabulary: on a GPU bf16 could mean partial sums in bf16."""
+    """Of dh until it is returned: fp32 on a GPU, where a bf16 product may have sums in bf16."""
     return _wide(h.dtype) if h.is_cuda else h.dtype
 
 
@@ -230,8 +231,8 @@ def _mm(a, b, out):
     out (M, N) = a (M, K) @ b (K, N), summed in fp32 (fp64 for fp64). Writing to memory used before
     saves page faults: on a CPU those of a fresh tensor of 150 MB cost as much as its GEMM.
     """
-    if a.dtype == out.dtype:
-        return torch.mm(a, b, out=out)
+    if a.dtype in (out.dtype, torch.float32):
+        return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
 
@@ -263,16 +264,16 @@ def _chunks(N, V, device):
     Slices of the tokens whose logits are in memory together. Each chunk reads W and updates dW
     once, so there are as few as memory allows, and of equal size.
     """
-    limit = CHUNK_BYTES[device.type == "cuda"] // (10 * V)   # two fp32 logits and a bf16 gradient
+    limit = CHUNK_BYTES[device.type == "cuda"] // (10 * V)   # two fp32 logits; dZ, on a GPU
     limit = max(128, min(4096, limit))
     size = -(-N // -(-N // limit)) if N else 1               # -(-a // b) rounds a / b up
     return [slice(i, min(i + size, N)) for i in range(0, N, size)]
 
 
-def _buffers(count, chunks, V, like, dtype):
-    """Memory for the logits of one chunk, `count` times; the next chunk uses it again."""
+def _buffer(chunks, V, like, dtype):
+    """Memory for the logits of one chunk; the next chunk uses it again."""
     rows = chunks[0].stop if chunks else 0               # no other is larger
-    return [like.new_empty(rows, V, dtype=dtype) for _ in range(count)]
+    return like.new_empty(rows, V, dtype=dtype)
 
 
 # ------------------------------------------------------------------------ 3. the autograd function
@@ -289,8 +290,9 @@ class _LinearKL(torch.autograd.Function):
         head_q = W_q[:V].to(h_q.dtype)
         head_p = W_p[:V].to(h_p.dtype)
         weight = weight.to(wide).contiguous()
-        # dW has rows of h_q times their gradients, and 0 x NaN would be NaN.
-        h_q = h_q.masked_fill((weight == 0)[:, None], 0)
+        # 0 x NaN would be NaN: in dW, which has rows of h_q times their gradients; and oneDNN reads
+        # beyond a row, into the next one, which it multiplies by 0.
+        h_q, h_p = (h.masked_fill((weight == 0)[:, None], 0) for h in (h_q, h_p))
 
         stats = h_q.new_empty(4, N, dtype=wide)          # forward KL, reverse KL, H(q), H(p)
         dh = torch.empty_like(h_q, dtype=_sum_dtype(h_q)) if want_dh else None
@@ -301,7 +303,7 @@ class _LinearKL(torch.autograd.Function):
             dW[V if N else 0:] = 0
 
         chunks = _chunks(N, V, h_q.device)
-        room_q, room_p = _buffers(2, chunks, V, h_q, wide)
+        room_q, room_p = (_buffer(chunks, V, h, wide) for h in (h_q, h_p))
         for rows in chunks:
             C = rows.stop - rows.start
             z_q = _mm(h_q[rows], head_q.T, room_q[:C])   # (C, V)
@@ -347,7 +349,8 @@ def linear_kl(h_q, W_q, h_p, W_p, weight, reverse_weight, temperature=1.0):
     weight (N,)                 mask and normalisation; a weight of 0 makes a gradient of exactly 0
 
     If the vocabularies differ in size, the words of the smaller one are used and renormalised.
-    The GEMMs take the dtype of h_q and h_p; logits, sums and dW are fp32 (fp64 for fp64 inputs).
+    The GEMMs take the dtype of h_q and h_p; logits, sums and dW are fp32 (fp64 for fp64 inputs). On
+    a CPU logits of bf16 have 16 bits, and dh and each chunk's part of dW are rounded to bf16 once.
 
     Returns (loss, forward KL, reverse KL, H(q), H(p)): the loss is a scalar, the others are (N,),
     in nats, at this temperature and without gradient. Under `torch.no_grad()` no gradient is

@@ -20,7 +20,7 @@ from kernels.linear_kl import (
     CPU_BLOCK,
     _add_mm_,
     _block,
-    _buffers,
+    _buffer,
     _check,
     _chunks,
     _log_softmax_,
@@ -113,7 +113,7 @@ class _LinearLogp(torch.autograd.Function):
         head = W.to(h.dtype)
         stats = h.new_empty(2, N, dtype=_wide(h.dtype))
         chunks = _chunks(N, V, h.device)
-        room, = _buffers(1, chunks, V, h, stats.dtype)
+        room = _buffer(chunks, V, h, stats.dtype)
         for rows in chunks:
             z = _mm(h[rows], head.T, room[:rows.stop - rows.start])      # (C, V)
             _logp_rows(z, token_ids[rows], stats[:, rows])
@@ -136,7 +136,7 @@ class _LinearLogp(torch.autograd.Function):
         if want_dW and not N:
             dW.zero_()                                   # else the first chunk overwrites it
         chunks = _chunks(N, V, h.device)
-        room, = _buffers(1, chunks, V, h, wide)
+        room = _buffer(chunks, V, h, wide)
         for rows in chunks:
             z = _mm(h[rows], head.T, room[:rows.stop - rows.start])
             dz = _logp_rows(z, token_ids[rows], None, grad_logps[rows], h.dtype)

@@ -37,10 +37,14 @@ def torchrun(n, *arguments, timeout=500):
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--redirects=3",
              f"--nproc_per_node={n}", f"--log-dir={logs}", *map(str, arguments)],
-            timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+            timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE,
+            text=True)
+        launcher = done.stderr
         done.stdout, done.stderr = (
             "".join(path.read_text() for path in sorted(Path(logs).glob(f"*/*/*/{stream}.log")))
             for stream in ("stdout", "stderr"))
+    if done.returncode and not done.stderr:
+        done.stderr = launcher  # no rank has begun
     return done
 
 

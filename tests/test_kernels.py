@@ -172,6 +172,29 @@ def test_lopsided_rows(path):
     assert torch.equal(dW, run(linear_kl, tensors, 0.5)[-1]) and dW.abs().max() > 0
 
 
+@pytest.mark.parametrize("i", [0, 2])
+def test_nan_of_weight_0_in_bf16(i):
+    """A hidden state of student or teacher; oneDNN reads beyond the row before it."""
+    tensors = inputs(64, 300, 300, 0.3, 33, 33, torch.bfloat16)
+    tensors[4][2] = 0.0
+    wanted = run(linear_kl, tensors, 0.5, dtype=torch.bfloat16)
+    tensors[i][2] = float("nan")
+    got = run(linear_kl, tensors, 0.5, dtype=torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(got[:1] + got[5:], wanted[:1] + wanted[5:]))
+
+
+@pytest.mark.parametrize("dtypes", [
+    (torch.float64, torch.float32), (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32), (torch.float64, torch.bfloat16)])
+def test_two_dtypes(dtypes):
+    """Of the student's tensors and the teacher's: the statistics are those of fp64."""
+    h, W, h_t, W_t, weight = inputs(40, 500, 500, 0.3)
+    tensors = [h.to(dtypes[0]), W.to(dtypes[0]), h_t.to(dtypes[1]), W_t.to(dtypes[1]), weight]
+    exact = linear_kl_reference(*(t.double() for t in tensors), 0.5)
+    for ours, other in zip(linear_kl(*tensors, 0.5), exact):
+        assert distance(ours, other) < 1e-5
+
+
 @pytest.mark.parametrize("lam", [0.0, 0.2, 0.5, 1.0])
 def test_gradcheck(lam):
     """The torch path in fp64, both padded vocabularies."""
@@ -367,9 +390,9 @@ def test_flops():
 
 def test_bf16():
     """
-    bf16 inputs keep fp32 logits: statistics stay exact, and the gradients are rounded once, when
-    they are returned in bf16. Three tiles of the vocabulary; beside it autocast, and an fp32 head
-    under bf16 hidden states, as in training.
+    bf16 inputs have logits in fp32, or with 16 bits on a CPU: statistics are exact, and gradients
+    are rounded to bf16 once or twice. Three tiles of the vocabulary; beside it autocast, and an
+    fp32 head under bf16 hidden states, as in training. The same for `linear_logp`.
     """
     tensors = inputs(64, 5000, 5000, 0.3, dtype=torch.bfloat16)
     exact = run(linear_kl_reference, tensors, 0.5, dtype=torch.float64)
@@ -383,6 +406,14 @@ def test_bf16():
     W = W.float().requires_grad_()                       # an fp32 master: dW stays in fp32
     linear_kl(h, W, h_t, W_t, weight.bfloat16(), 0.5)[0].backward()
     assert W.grad.dtype == torch.float32 and distance(W.grad, exact[6]) < 3e-3
+
+    results = []
+    for dtype in (torch.float64, torch.bfloat16):
+        h, W = (t.to(dtype).requires_grad_() for t in tensors[:2])
+        logps, entropy = linear_logp(h, W, torch.arange(0, 5000, 79, device=DEVICE))
+        results.append((logps, entropy, *torch.autograd.grad((weight * logps).sum(), (h, W))))
+    for x, y, limit in zip(*results, (1e-5, 1e-5, 3e-3, 3e-3)):
+        assert distance(y, x) < limit
 
 
 def test_tied_weights():
