@@ -76,7 +76,7 @@ def load_config(cls, argv):
             given, where = _run_config_file(arg), arg
         for key, value in given.items():
             if key not in kinds:
-                near = difflib.get_close_matches(key, kinds, n=1)
+                near = difflib.get_close_matches(key, kinds)
                 hint = f"did you mean {near[0]!r}?" if near else "--help lists the keys"
                 raise UserError(f"{where}: unknown key {key!r}; {hint}")
             values[key] = _cast(key, value, kinds[key], where)

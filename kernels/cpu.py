@@ -21,13 +21,9 @@ def attention(module, query, key, value, *args, **kwargs):
     return output.bfloat16(), None
 
 
-def use_gqa(mask, key, value):
-    """
-    Whether the heads of a group share keys and values. Under a mask, as in decoding, transformers
-    copies them for each head, which a CPU's kernel does not need.
-    """
-    return key.is_cpu or plain_use_gqa(mask, key, value)
-
-
 AttentionInterface.register("sdpa", attention)
-sdpa_attention.use_gqa_in_sdpa = use_gqa
+
+# The heads of a group share keys and values. Under a mask, as in decoding, transformers copies them
+# for each head, which a CPU's kernel does not need.
+sdpa_attention.use_gqa_in_sdpa = (
+    lambda mask, key, value: key.is_cpu or plain_use_gqa(mask, key, value))
