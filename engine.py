@@ -100,8 +100,8 @@ class Engine:
 
 
 def progress(stream, total):
-    """What a stream of results (..., tokens, logps, stop reason) yields, beside a bar."""
-    # On the first rank's terminal only; None: where it is one.
+    """The same stream of results, with a bar on the terminal of the first rank."""
+    # disable=None: no bar where the output is no terminal.
     return tqdm(stream, "responses", total, leave=False, disable=RANK > 0 or None)
 
 

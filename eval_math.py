@@ -134,7 +134,7 @@ def open_model(cfg, benchmarks, device):
     dtype = getattr(torch, cfg.dtype)
     tokenizer = load_tokenizer(cfg.model, cfg.chat_template_kwargs)
     model = load_model(cfg.model, dtype, device).requires_grad_(False)
-    ends = {*stop_ids(model.generation_config, tokenizer)}
+    ends = set(stop_ids(model.generation_config, tokenizer))
     if cfg.template:
         ends.update(adopt_template(tokenizer, cfg.template, cfg.chat_template_kwargs))
     sampling = Sampling(

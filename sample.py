@@ -77,9 +77,9 @@ class Config:
     cache_hidden: bool = False              # keep the last hidden states too, in dtype: training
                                             # needs no forward of the teacher then
     max_tokens_per_microbatch: int = 16384  # padded tokens in one forward for the hidden states
-    shard_bytes: int = 1 << 30              # a shard has no more of response tokens and states,
-                                            # unless one response does,
-    shard_sequences: int = 1024             # and so many responses at most: a kill can cost them
+    shard_bytes: int = 1 << 30              # response tokens and states of a shard take no more,
+                                            # at max_new_tokens each; one response always fits
+    shard_sequences: int = 1024             # most responses in a shard: a kill can cost so many
 
     # who decodes
     engine: Literal["auto", "hf", "vllm"] = "auto"      # auto: vLLM on a GPU, else transformers;
@@ -171,7 +171,7 @@ def settings_of(cfg, engine, tokenizer, stops, problems):
     texts = {i: problem["problem"] for i, problem in enumerate(problems)}
     return {
         **{key: getattr(cfg, key) for key in DECISIVE},
-        "hidden_dtype": cfg.dtype,
+        "hidden_dtype": cfg.dtype,          # older shards say so: they may have states in another
         "revision": model_revision(cfg.model),
         "tokenizer": tokenizer_revision(tokenizer),
         "problems": fingerprint(texts),

@@ -294,6 +294,7 @@ def end_early(save, step):
 
 
 def end_on_fault():
+    """UserError with the first of this rank's `faults`, where there is one."""
     if faults:
         raise UserError(faults.pop(0))
 

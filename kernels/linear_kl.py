@@ -264,7 +264,9 @@ def _chunks(N, V, device):
     Slices of the tokens whose logits are in memory together. Each chunk reads W and updates dW
     once, so there are as few as memory allows, and of equal size.
     """
-    limit = CHUNK_BYTES[device.type == "cuda"] // (10 * V)   # two fp32 logits; dZ, on a GPU
+    # A word of a token takes two logits in fp32, and dZ in bf16: on a CPU that lies in a logit's
+    # memory.
+    limit = CHUNK_BYTES[device.type == "cuda"] // (10 * V)
     limit = max(128, min(4096, limit))
     size = -(-N // -(-N // limit)) if N else 1               # -(-a // b) rounds a / b up
     return [slice(i, min(i + size, N)) for i in range(0, N, size)]
@@ -283,8 +285,7 @@ class _LinearKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h_q, W_q, h_p, W_p, weight, lam, T, grad_enabled):
-        N, H = h_q.shape
-        V = min(len(W_q), len(W_p))
+        N, V = len(h_q), min(len(W_q), len(W_p))
         wide = _wide(h_q.dtype)
         want_dh, want_dW = (grad_enabled and need for need in ctx.needs_input_grad[:2])
         head_q = W_q[:V].to(h_q.dtype)
