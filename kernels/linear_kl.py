@@ -41,7 +41,7 @@ try:
 except ImportError:
     triton = tl = None
 
-CHUNK_BYTES = 384 << 20, 6 << 30     # for a chunk's logits and their gradient: on a CPU, on a GPU
+CHUNK_BYTES = 525 << 20, 6 << 30     # for a chunk's logits and their gradient: on a CPU, on a GPU
 CPU_BLOCK = 200_000                  # logits that torch handles together: they stay in cache
 TILE = 2048                          # words whose logits a CPU finds in bf16, and refines, together
 BLOCK = 4096                         # words that a kernel handles together, and

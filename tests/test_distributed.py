@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
@@ -26,9 +27,7 @@ from data.problems import load_tokenizer
 # Several runs, one after the other, in the same processes: a start costs more than a run. Each
 # rank notes how often it took part in a forward without a token of its own.
 DRIVER = """
-import json, os, sys
-sys.path.insert(0, os.getcwd())
-import train_distill, utils
+import json, train_distill
 plain, empty = train_distill.response_hidden, []
 def spy(model, sequences, dtype):
     empty.append([sequence[:2] for sequence in sequences] == [([0], [])])
@@ -47,11 +46,17 @@ TEN = ["--max_steps=10", "--batch_size=8", "--max_new_tokens=48", "--eval_every=
 CELLS = ["toy_sft", "toy_offline", "toy_dagger", "toy_opd"]
 
 
+def write_script(folder, body):
+    """A script in `folder` that finds this repository's modules."""
+    path = folder / "script.py"
+    start = f"import os, sys\nsys.path.insert(0, {os.getcwd()!r})\nimport utils\n"
+    path.write_text(start + textwrap.dedent(body))
+    return path
+
+
 def launch(n, runs, folder):
     """Runs on n processes: how many empty forwards each rank made."""
-    script = folder / "driver.py"
-    script.write_text(DRIVER)
-    done = torchrun(n, script, json.dumps(runs), folder)
+    done = torchrun(n, write_script(folder, DRIVER), json.dumps(runs), folder)
     assert done.returncode == 0, done.stderr[:3000]
     return [json.loads((folder / f"empty_{rank}.json").read_text()) for rank in range(n)]
 
@@ -252,11 +257,7 @@ def test_a_second_signal_ends_at_once():
 
 def test_one_process_has_a_bug(tmp_path):
     """Its traceback is printed, once; one that waits for it says so in a line; all end."""
-    script = tmp_path / "broken.py"
-    script.write_text(f"""if True:
-        import os, sys
-        sys.path.insert(0, {os.getcwd()!r})
-        import utils
+    script = write_script(tmp_path, """
         def main(argv):
             utils.init_processes()
             if utils.RANK == 1:
@@ -271,11 +272,7 @@ def test_one_process_has_a_bug(tmp_path):
 
 
 def test_words_as_an_exit_code(tmp_path):
-    script = tmp_path / "words.py"
-    script.write_text(f"""if True:
-        import sys
-        sys.path.insert(0, {os.getcwd()!r})
-        import utils
+    script = write_script(tmp_path, """
         utils.run(lambda argv: sys.exit("own words"), "", dict)""")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "own words\n")
@@ -283,11 +280,8 @@ def test_words_as_an_exit_code(tmp_path):
 
 def test_an_engine_at_fault(tmp_path):
     """One rank finds in step 3 that its engine is stale: both save that step's student, and end."""
-    script = tmp_path / "stale.py"
-    script.write_text(f"""if True:
-        import os, sys
-        sys.path.insert(0, {os.getcwd()!r})
-        import train_distill, utils
+    script = write_script(tmp_path, """
+        import train_distill
         from engine import HFEngine
         checks = []
         def in_sync(self):
@@ -308,11 +302,7 @@ def test_an_engine_at_fault(tmp_path):
 
 def test_a_signal_to_one_rank(tmp_path):
     """All end, with its code."""
-    script = tmp_path / "signalled.py"
-    script.write_text(f"""if True:
-        import sys
-        sys.path.insert(0, {os.getcwd()!r})
-        import utils
+    script = write_script(tmp_path, """
         def main(argv):
             utils.init_processes()
             if utils.RANK == 1:
@@ -330,11 +320,8 @@ def test_a_folder_that_is_not_shared(tmp_path):
     line; a rank that would not come to a collective for ten minutes ends too.
     """
     train_distill.main([*options("toy_opd"), "--max_steps=1", f"--out_dir={tmp_path}/one/run"])
-    script = tmp_path / "elsewhere.py"
-    script.write_text(f"""if True:
-        import os, sys, time
-        sys.path.insert(0, {os.getcwd()!r})
-        import train_distill, utils
+    script = write_script(tmp_path, f"""
+        import time, train_distill
         def main(argv):
             utils.init_processes()
             os.chdir({str(tmp_path)!r} + ("/one" if utils.RANK == 0 else ""))

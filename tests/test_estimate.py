@@ -206,7 +206,7 @@ def test_toy_configs(path, capsys):
     estimate.main([str(path), "--gpu=False", "--student=data/toy/student"])
     numbers = {line[:52].strip(): float(line[52:]) for line in capsys.readouterr().out.splitlines()
                if line.startswith("  ")}
-    assert 0.4 < numbers["at most at a time"] < 0.55     # 384 MiB: logits of a chunk
+    assert 0.55 < numbers["at most at a time"] < 0.7     # 525 MiB: logits of a chunk
     assert (HEAD in numbers) == (path.stem in ("toy_sft", "toy_offline"))
     assert numbers["student, forward and backward"] > 0 and numbers["a step"] < 0.1
 
