@@ -131,6 +131,12 @@ def check_inputs(out):
     record.write_text(inputs)
 
 
+def cores():
+    """Of this machine, that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)    # not on every system
+    return len(affinity(0)) if affinity else os.cpu_count()
+
+
 def execute(jobs, work):
     """
     Run the commands (script, folder, arguments), `jobs` at a time, on one thread each. Exits when
@@ -194,14 +200,6 @@ def draw(folder, out, rl):
         names["strict curriculum"] = f"strict_{stop}"
         return read(names)
 
-    def stop_conventions(stop):
-        names = {
-            "reverse KL": name_of("student", 1, LONG, stop),
-            "lam = 0.2": name_of("student", 0.2, LONG, stop),
-            "forward KL": name_of("student", 0, LONG, stop),
-            "curriculum": f"curriculum_{stop}"}
-        return read(names)
-
     def after_grpo(horizon):
         return read({
             f"from {prefix} prefixes, {kl} KL": f"grpo_{prefix}_{lam}_{horizon}"
@@ -217,10 +215,6 @@ def draw(folder, out, rl):
 
     rows = {f"stop = {stop}": ladder(stop) for stop in STOPS}
     plot.draw(rows, [*names, "horizon"], out / "curriculum.png")
-
-    rows = {f"stop = {stop}": stop_conventions(stop) for stop in STOPS}
-    entropies = ["entropy", "entropy_before_box", "entropy_after_box"]
-    plot.draw(rows, ["accuracy", *entropies, "length"], out / "stops.png")
 
     rows = {f"horizon {horizon}": corners(horizon, "union") for horizon in (SHORT, LONG)}
     plot.draw(rows, names, out / "tflops.png", x="tflops")
@@ -422,11 +416,9 @@ def beside_the_toy(lines, path="docs/claims.md"):
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    affinity = getattr(os, "sched_getaffinity", None)    # not on every system
-    cores = len(affinity(0)) if affinity else os.cpu_count()
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--rl", action="store_true", help="GRPO from the eight end points as well")
-    parser.add_argument("--jobs", type=int, default=cores,
+    parser.add_argument("--jobs", type=int, default=cores(),
                         help="runs at a time, on one thread each")
     parser.add_argument("--world", choices=["toy", "smollm"], default="toy")
     args = parser.parse_args()
@@ -457,7 +449,7 @@ def main():
         lines = beside_the_toy(lines)
     (out / "claims.md").write_text("\n".join(lines) + "\n")
     print((out / "claims.md").read_text())
-    print(f"in {out}: table.md, claims.md, cells.png, mixing.png, curriculum.png, stops.png, "
+    print(f"in {out}: table.md, claims.md, cells.png, mixing.png, curriculum.png, "
           f"tflops.png" + (", grpo.png" if args.rl else ""))
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from kernels import linear_logp
-from models import base_model, digest, lm_head, microbatches, response_hidden, unsharded
+from models import base_model, lm_head, microbatches, response_hidden, unsharded
 from utils import RANK, UserError, faults, fingerprint, first_line, print0
 
 VLLM_VERSION = "0.32"  # `sync` reaches into the engine, whose inside changes with its version
@@ -337,6 +337,20 @@ class VLLMEngine(Engine):
             ) from error
         finally:
             faulthandler.cancel_dump_traceback_later()
+
+
+def digest(tensors):
+    """
+    A number for what is in these tensors, whatever their order, shapes, padding with zeros and
+    dtype: the 32 bits of each number in fp32 are read as an integer, and the squares of these
+    integers are added, modulo 2^64.
+    """
+    total = 0
+    for tensor in tensors:
+        for part in tensor.detach().flatten().split(1 << 24):
+            bits = (part.float() + 0).view(torch.int32).long()  # + 0 makes 0.0 of -0.0
+            total += (bits * bits).sum().item()
+    return total % 2**64
 
 
 def vllm_weights(model):

@@ -37,9 +37,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import rl_grpo
 import train_distill
 from kernels.linear_kl import CHUNK_BYTES
-from models import forward_flops, model_folder
+from models import forward_flops
 from trajectories import Trajectories
-from utils import UserError, first_line, load_config, run
+from utils import UserError, first_line, load_config, model_folder, run
 
 PROMPT = 92                          # tokens of a prompt: the mean in the paper (appendix H.1)
 

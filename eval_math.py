@@ -204,31 +204,6 @@ def merge_samples(folder, names):
     return merged
 
 
-# ----------------------------------------------------------------------------------------- numbers
-
-def interval(values, seed, resamples=10000):
-    """95 % interval of the mean over problems, by the percentile bootstrap; None of no values."""
-    if not values:
-        return None
-    values = np.asarray(values)
-    rng = np.random.default_rng(seed)
-    means = rng.choice(values, (resamples, len(values))).mean(1)
-    return np.percentile(means, [2.5, 97.5]).tolist()
-
-
-def print_table(results):
-    print(f"{'':<11}{'k':>3} {'Avg@k':>6} {'95 % interval':<15}{'Pass@k':>7}{'length':>7}"
-          f"{'median':>7}{'entropy':>8}{'cut':>7}{'ungr.':>6}")
-    for name, row in results.items():
-        avg, passed = ("-" if row[key] is None else f"{row[key]:.3f}"
-                       for key in ("avg_at_k", "pass_at_k"))
-        low_high = row["avg_interval"]
-        low_high = "{:.3f} - {:.3f}".format(*low_high) if low_high else "-"
-        print(f"{name[:10]:<11}{row['k']:>3} {avg:>6} {low_high:<15}{passed:>7}"
-              f"{row['length']:>7.0f}{row['median_length']:>7.0f}{row['entropy']:>8.3f}"
-              f"{row['truncated']:>7.1%}{row['ungraded']:>6}")
-
-
 # -------------------------------------------------------------------------------------------- main
 
 def main(argv):
@@ -279,12 +254,14 @@ def main(argv):
     if len(records) < wanted:
         raise UserError(f"{wanted - len(records)} of {wanted} responses are not in {out_dir}: do "
                         "all machines write there? The same command samples what is missing")
+    import plot  # one rank, at the end, needs matplotlib
+
     results = {}
     for name, (problems, _) in benchmarks.items():
         rows = [record for record in records if record["benchmark"] == name]
         shares = [np.mean(verdicts) for verdicts in verdicts_by_problem(rows).values()]
         results[name] = summarise(rows) | {
-            "avg_interval": interval(shares, cfg.seed),
+            "avg_interval": plot.interval(shares, cfg.seed),
             "skipped": len(problems) - len(prompts[name]),
         }
     write_lines(out_dir / "results.json", [{
@@ -295,10 +272,8 @@ def main(argv):
                      for package in ("torch", "transformers", "math-verify", "numpy")},
         "device": device.type,
     }], mode="w")
-    print_table(results)
-    print(f"{len(records)} responses at T = {cfg.temperature}, top-p {cfg.top_p}, top-k "
-          f"{cfg.top_k}, at most {cfg.max_new_tokens} tokens, seed {cfg.seed}; in {out_dir}\n"
-          f"a picture and a Markdown table: python plot.py --eval {out_dir}")
+    print("\n".join(plot.evaluation_table(plot.read_reports([out_dir]))))
+    print(f"{len(records)} responses in {out_dir}; a picture: python plot.py --eval {out_dir}")
 
 
 if __name__ == "__main__":

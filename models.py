@@ -23,19 +23,15 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
 
 from utils import (
     FULL_STATE,
-    STEP_GLOB,
     UserError,
     as_user_error,
     fingerprint,
+    model_folder,
     print0,
-    print_once,
 )
-
-transformers_logging.disable_progress_bar()
 
 # ---------------------------------------------------------------------------------------- loading
 
@@ -94,26 +90,6 @@ def lm_head(model):
     return model.get_output_embeddings().weight
 
 
-def model_folder(path, file="config.json"):
-    """
-    `path`, or the newest checkpoint in it where it is the folder of a run. UserError where it lacks
-    `file` and is no hub name either.
-    """
-    folder = Path(path)
-    is_hub_name = len(folder.parts) == 2 and not folder.parent.is_dir()
-    if is_hub_name:
-        print_once(f"{path}: no folder here, so it is looked for on the model hub")
-    elif not (folder / file).is_file():
-        checkpoints = sorted(folder.glob(f"{STEP_GLOB}/{file}"))
-        if not checkpoints:
-            raise UserError(
-                f"no model folder {path}: it has no {file}; give a folder, or a hub name "
-                f"such as Qwen/Qwen3-0.6B"
-            )
-        return str(checkpoints[-1].parent)
-    return path
-
-
 def load_checkpoint(path, model, optimizer):
     """Restore weights and AdamW's moments exactly, also of shards. The rate is the config's."""
     weights = load_model(path, torch.float32).state_dict()
@@ -122,6 +98,34 @@ def load_checkpoint(path, model, optimizer):
     if moments:  # there are none before the first update
         state = get_optimizer_state_dict(model, optimizer) | {"state": moments}
         set_optimizer_state_dict(model, optimizer, state, options=FULL_STATE)
+
+
+def exchange_stops(model, own, theirs, prompt):
+    """
+    Let the rows of the model's own stop ids and those of another's change places, in order, so it
+    ends as the other does, and is the same model otherwise. In place, before any training.
+
+    It is done in the embedding and the LM head, which may be one matrix; but where a `prompt` (ids)
+    has such an id, the model would read it in another way than it learned, so it is done in the
+    head alone, which gets a matrix of its own. UserError where the ids form no pairs.
+    """
+    pairs = [(a, b) for a, b in zip(own, theirs) if a != b]
+    ids = {*sum(pairs, ())}
+    if not pairs or len(own) > len(theirs) or len(ids) < 2 * len(pairs):
+        raise UserError(
+            f"exchange_stops=True: stop ids {own} of the student and {theirs} of the teacher form "
+            f"no pairs; set it False"
+        )
+    head = model.get_output_embeddings()
+    weights = {head.weight, model.get_input_embeddings().weight}
+    if ids & {*prompt}:
+        model.config.tie_word_embeddings = False
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        weights = {head.weight}
+    for weight in weights:
+        for a, b in pairs:
+            weight.data[[a, b]] = weight.data[[b, a]]
+    print0(f"exchanged the rows of stop ids {pairs}, in {len(weights)} matrix")
 
 
 def stop_ids(generation_config, tokenizer):
@@ -206,20 +210,6 @@ def unsharded(model):
 
 
 # ------------------------------------------------------------- which model it is, and what it costs
-
-
-def digest(tensors):
-    """
-    A number for what is in these tensors, whatever their order, shapes, padding with zeros and
-    dtype: the 32 bits of each number in fp32 are read as an integer, and the squares of these
-    integers are added, modulo 2^64.
-    """
-    total = 0
-    for tensor in tensors:
-        for part in tensor.detach().flatten().split(1 << 24):
-            bits = (part.float() + 0).view(torch.int32).long()  # + 0 makes 0.0 of -0.0
-            total += (bits * bits).sum().item()
-    return total % 2**64
 
 
 def model_revision(path):

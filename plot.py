@@ -201,8 +201,8 @@ def read_reports(folders):
 
 def evaluation_table(reports):
     """Markdown lines: a row for each folder and benchmark, and what they were measured with."""
-    lines = ["| | problems | k | Avg@k (95 %) | Pass@k | length | entropy | truncated |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = ["| | problems | k | Avg@k (95 %) | Pass@k | length | entropy | cut | ungraded |",
+             "|---|---|---|---|---|---|---|---|---|"]
     notes = {}                                          # {text: folders}
     for folder, report in reports.items():
         label = Path(folder).name
@@ -212,9 +212,10 @@ def evaluation_table(reports):
                 low, high = row["avg_interval"]
                 accuracy = f"{row['avg_at_k']:.3f} ({low:.3f} - {high:.3f})"
             passed = "-" if row["pass_at_k"] is None else f"{row['pass_at_k']:.3f}"
-            lines.append(f"| `{label}` on {name} | {row['problems']} | {row['k']} | {accuracy} "
+            where = name if len(reports) == 1 else f"`{label}` on {name}"
+            lines.append(f"| {where} | {row['problems']} | {row['k']} | {accuracy} "
                          f"| {passed} | {row['length']:.1f} | {row['entropy']:.3f} "
-                         f"| {row['truncated']:.1%} |")
+                         f"| {row['truncated']:.1%} | {row['ungraded']} |")
         note = ("T = {temperature}, top-p {top_p}, top-k {top_k}, at most {max_new_tokens} tokens, "
                 "seed {seed}, {dtype} on ").format(**report["settings"])
         note += f"{report['device']}, torch {report['versions']['torch']}"
@@ -305,10 +306,18 @@ def compare(first, second):
             print(f"{name[:10]:<11}{len(shares):>9}{share:<27}{length:<25}")
 
 
+def interval(values, seed, resamples=10000):
+    """95 % interval of the mean over problems, by the percentile bootstrap; None of no values."""
+    if not values:
+        return None
+    values = np.asarray(values)
+    rng = np.random.default_rng(seed)
+    means = rng.choice(values, (resamples, len(values))).mean(1)
+    return np.percentile(means, [2.5, 97.5]).tolist()
+
+
 def difference(values, form):
     """The mean of differences and its interval, as text."""
-    from eval_math import interval
-
     low, high = interval(values, 0)
     mean = format(np.mean(values), form)
     return f"{mean:>8} {low:{form}} .. {high:{form}}"

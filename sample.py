@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from transformers import TextStreamer
 
 from data.problems import (
     encode_chat,
@@ -104,7 +105,7 @@ DECISIVE = ("max_new_tokens", "temperature", "top_p", "top_k", "dtype", "cache_h
 # ----------------------------------------------------------------------------------------- terminal
 
 def answer(engine, tokenizer, messages, sampling, seed):
-    """Print the response to a conversation, token by token, and return it."""
+    """Print the response to a conversation, word by word, and return it."""
     positions = engine.model.config.max_position_embeddings
     prompt = encode_chat(tokenizer, messages)
     if len(prompt) + sampling.max_new_tokens > positions:
@@ -112,21 +113,16 @@ def answer(engine, tokenizer, messages, sampling, seed):
             f"a prompt of {len(prompt)} tokens and {sampling.max_new_tokens} new ones pass "
             f"max_position_embeddings={positions}; lower max_new_tokens"
         )
-    tokens = []
-    shown = ""
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)    # prints a word when it is whole
 
     def show(_, token):
-        nonlocal shown
-        tokens.append(token)
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):     # half a character: the next token completes it
-            print(text[len(shown):], end="", flush=True)
-            shown = text
+        streamer.put(torch.tensor([token]))
 
-    (*_, stop_reason), = engine.stream([prompt], sampling, [seed], on_token=show)
+    (_, tokens, _, stop_reason), = engine.stream([prompt], sampling, [seed], on_token=show)
+    streamer.end()
     end = "stopped" if stop_reason == "stop" else "cut at max_new_tokens"
-    print(f"\n({len(tokens)} tokens, {end})", file=sys.stderr)
-    return shown
+    print(f"({len(tokens)} tokens, {end})", file=sys.stderr)
+    return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def talk(engine, tokenizer, sampling, seed):

@@ -33,6 +33,7 @@ from torch.distributed.fsdp import (
 from data.problems import (
     check_tokenizers,
     deal,
+    encode_prompt,
     load_problems,
     load_tokenizer,
     usable_prompts,
@@ -42,6 +43,7 @@ from engine import Sampling, make_engine, score
 from grade import evaluate
 from kernels import linear_kl, linear_logp
 from models import (
+    exchange_stops,
     forward_flops,
     lm_head,
     load_checkpoint,
@@ -88,6 +90,7 @@ class Config:
     prefix: Literal["teacher", "student"] = "student"
     reverse_weight: float = 1.0  # lam in [0, 1]
     loss_norm: Literal["token", "sequence"] = "token"  # mean over tokens, or of sequence means
+    terminal: Literal["raw", "mask"] = "raw"  # mask: learn responses without the id that ends them
     max_new_tokens: int = 4096  # the horizon, stop token included
     batch_size: int = 32  # prompts a step over all ranks, one response each
     max_steps: int = 1000
@@ -118,12 +121,12 @@ class Config:
     seed: int = 42
     resume: bool = False  # go on from the newest checkpoint in out_dir, if there is one
     overwrite: bool = False  # delete the run in out_dir first
-    wandb: bool = False  # also log to Weights & Biases; project and name are those of out_dir
     # rollouts
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: all tokens
     stop: Literal["union", "student"] = "union"  # whose stop ids end a student's response
+    exchange_stops: bool = False  # its stop ids and the teacher's change places (docs/stops.md)
     engine: Literal["auto", "hf", "vllm"] = "auto"  # transformers or vLLM; auto: vLLM on a GPU
     rollout_rows: int = 32  # responses decoded together: they bound the KV cache of engine="hf"
     kv_cache_gb: float = 16.0  # of vLLM; it is given back while the trainer computes
@@ -201,8 +204,8 @@ def response_source(cfg):
 def get_responses(cfg, slots, horizon, data, models, engines, check):
     """
     (responses, gaps): a Response for each (place in the step, index of the prompt, seed) of
-    `slots`, cut at the horizon; and, where `check` is set and a model has written them, how far
-    the engine's log-probs are from the model's, else {}.
+    `slots`, cut at the horizon, or with terminal = "mask" before its stop id; and, where `check` is
+    set and a model has written them, how far the engine's log-probs are from the model's, else {}.
     """
     source, gaps = response_source(cfg), {}
     _, indices, seeds = zip(*slots)
@@ -220,13 +223,13 @@ def get_responses(cfg, slots, horizon, data, models, engines, check):
             Response(prompt, tokens, reason == "stop")
             for prompt, (tokens, _, reason) in zip(prompts, rollouts)
         ]
-    # What is on disk may be longer than the present horizon.
-    return [
-        Response(
-            r.prompt, r.tokens[:horizon], r.ended and len(r.tokens) <= horizon, r.hidden[:horizon]
-        )
-        for r in batch
-    ], gaps
+
+    def cut(r):  # at the horizon, for what is on disk may be longer; or before the stop id
+        end = min(horizon, len(r.tokens) - (cfg.terminal == "mask" and r.ended))
+        ended = r.ended and len(r.tokens) <= horizon
+        return Response(r.prompt, r.tokens[:end], ended, r.hidden[:end])
+
+    return [cut(response) for response in batch], gaps
 
 
 # ---------------------------------------------------------------------------------------- the loss
@@ -349,8 +352,9 @@ def pass_gate(cfg, state, models, data, engine, optimizer):
     """
     horizon, began = current_horizon(cfg, state), state["rung_began"]
     sampling = Sampling(horizon, models.stops["student"], 1.0, cfg.top_p, cfg.top_k)
-    held_out = data.held_out[: cfg.eval_prompts]
-    metrics, records = evaluate(engine, models.template, held_out, sampling, 1, cfg.seed)
+    metrics, records = evaluate(
+        engine, models.template, data.held_out[: cfg.eval_prompts], sampling, 1, cfg.seed
+    )
     state["entropies"].append(metrics["entropy"])
     opens, h_min = gate(state["entropies"], cfg.entropy_floor, cfg.floor_unit)
     if opens:
@@ -401,29 +405,34 @@ def load_models(cfg, trajectories, device):
     dtype = getattr(torch, cfg.dtype)
     host = "cpu" if cfg.fsdp else device  # sharding moves a layer at a time
     student = load_model(cfg.student, torch.float32, host, cfg.gradient_checkpointing)
-    models, heads, teacher, head_p = [student], [lm_head(student)], None, None
+    models, heads, teacher, head_p, theirs = [student], [lm_head(student)], None, None, None
     if trajectories and trajectories.cached:
         require(
             not (cfg.eval_teacher or cfg.eval_kl), cfg, "trajectories",
             "of the teacher only its LM head is kept: set eval_teacher and eval_kl False")
-        head_p = load_head(cfg.teacher, trajectories).to(device, dtype)
+        head_p, theirs = load_head(cfg.teacher, trajectories, dtype, device)
         heads.append(head_p)
     elif cfg.teacher:
         teacher = load_model(cfg.teacher, dtype, host).requires_grad_(False)
+        theirs = teacher.generation_config
         models.append(teacher)
         heads.append(lm_head(teacher))
     vocab_size = min(map(len, heads))
     positions = min(model.config.max_position_embeddings for model in models)
-    for model in models if cfg.fsdp else ():
-        shard(model, dtype)
 
     own_ids = stop_ids(student.generation_config, tokenizer)
-    teacher_ids = stop_ids(teacher.generation_config, template) if teacher else []
+    teacher_ids = stop_ids(theirs, template) if theirs else []
     disk_ids = trajectories.settings["stop_ids"] if trajectories else []
+    if cfg.exchange_stops:  # a resumed run loads weights that were exchanged at its beginning
+        exchange_stops(student, own_ids, teacher_ids, encode_prompt(template, "?"))
+        own_ids = teacher_ids
     either = sorted({*own_ids, *teacher_ids, *disk_ids})
-    stops = {"own": own_ids, "student": own_ids, "teacher": either}
-    if cfg.stop == "union":
-        stops["student"] = stops["teacher"]
+    stops = {
+        "own": own_ids,
+        "student": either if cfg.stop == "union" else own_ids,
+        "teacher": either}
+    for model in models if cfg.fsdp else ():
+        shard(model, dtype)
     # Whoever loads a checkpoint stops there too.
     student.generation_config.eos_token_id = stops["student"]
     return Models(
@@ -472,7 +481,7 @@ def encode_data(cfg, models, trajectories, problems, held_out):
         data.responses = []
         for i, prompt in usable.items():
             solution = problems[i]["solution"]
-            if not (solution or "").strip():
+            if not solution:
                 raise UserError(
                     f"{cfg.prompts}: problem {problems[i]['problem'][:40]!r} has no "
                     f"solution; add one, name a teacher, or give trajectories"
@@ -551,12 +560,9 @@ def metrics_row(cfg, state, numbers):
         "tflops": state["tflops"]}
 
 
-COLUMNS = dict(
-    column.split("=")
-    for column in """
+COLUMNS = """
     step=step loss=loss fwd=forward_kl rev=reverse_kl H_q=student_entropy len=mean_length
-    cut=truncated_share grad=grad_norm tok/s=tokens_per_second sec=seconds""".split()
-)
+    cut=truncated_share grad=grad_norm tok/s=tokens_per_second sec=seconds"""
 
 
 def main(argv):
@@ -573,13 +579,14 @@ def main(argv):
     if cfg.eval_every or len(cfg.horizons) > 1:
         held_out = load_problems(cfg.eval_data)
         warn_of_overlap(problems, held_out)
-    inputs = cfg.student, cfg.teacher, cfg.prompts, cfg.eval_data, cfg.trajectories
     identity = {
         "script": Path(__file__).stem,
         "student": model_revision(cfg.student),
         "teacher": cfg.teacher and model_revision(cfg.teacher),
         "trajectories": trajectories and trajectories.revision,
-        "prompts": fingerprint(dict(enumerate(problems)))}
+        "prompts": fingerprint(dict(enumerate(problems))),
+        "exchange_stops": cfg.exchange_stops or None}  # None: as in older checkpoints
+    inputs = cfg.student, cfg.teacher, cfg.prompts, cfg.eval_data, cfg.trajectories
     state, checkpoint = start_run(cfg, inputs, identity, rung=0, entropies=[], closed=False)
     models = load_models(cfg, trajectories, device)
     data = encode_data(cfg, models, trajectories, problems, held_out)

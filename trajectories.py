@@ -240,11 +240,12 @@ class Trajectories:
         return response if self.cached else response._replace(hidden=())
 
 
-def load_head(path, data):
+def load_head(path, data, dtype, device="cpu"):
     """
-    The LM head (V, H_t) of the model at `path`, for the hidden states in `data` (Trajectories).
-    Raises UserError where they are not this model's.
+    (LM head (V, H_t), generation config) of the model at `path`, for the hidden states in `data`
+    (Trajectories). Raises UserError where they are not this model's.
     """
     remedy = f"set teacher to {data.shards[0].model}, which made them, or sample again"
     must_match(data.settings, {"revision": model_revision(path)}, data.folder, remedy)
-    return lm_head(load_model(path, "auto")).detach()   # what load_model would use; the rest goes
+    model = load_model(path, dtype)                 # all of it goes but these two
+    return lm_head(model).detach().to(device), model.generation_config

@@ -437,11 +437,6 @@ def open_run(cfg, model, tokenizer, state):
         if row["step"] <= state["step" if "loss" in row else "last_eval_step"]
     ]
     write_lines(metrics, kept, mode="w")
-    if cfg.wandb:
-        with as_user_error("cannot log to wandb (pip install wandb, or --wandb=False)"):
-            import wandb
-
-            wandb.init(name=cfg.out_dir, config=vars(cfg))
 
 
 _held = []  # the file of the lock: closed, it would be free
@@ -487,16 +482,6 @@ def read_lines(path):
     return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
-def log_row(cfg, row):
-    """One row to metrics.jsonl, and to wandb where cfg.wandb is set. For the first rank only."""
-    write_lines(f"{cfg.out_dir}/metrics.jsonl", [row])
-    if cfg.wandb:
-        import wandb
-
-        prefix = row.get("model", "train")
-        wandb.log({f"{prefix}/{key}": value for key, value in row.items()}, step=row["step"])
-
-
 def log_evaluation(cfg, state, name, metrics, records):
     """
     Write what `evaluate` returned to metrics.jsonl, samples_NAME_STEP.jsonl and the terminal.
@@ -504,7 +489,8 @@ def log_evaluation(cfg, state, name, metrics, records):
     """
     step, score, passed = state["step"], metrics["avg_at_k"], metrics["pass_at_k"]
     if RANK == 0:
-        log_row(cfg, {"step": step, "model": name, **metrics})
+        row = {"step": step, "model": name, **metrics}
+        write_lines(f"{cfg.out_dir}/metrics.jsonl", [row])
         write_lines(f"{cfg.out_dir}/samples_{name}_{step:06d}.jsonl", records, mode="w")
     print0(
         f"eval {step:>4} {name:<8} Avg@{metrics['k']} {'-' if score is None else f'{score:.3f}'}  "
@@ -520,10 +506,11 @@ def log_evaluation(cfg, state, name, metrics, records):
 def log_step(cfg, columns, row, header):
     """
     One training step to metrics.jsonl, and ten numbers of it to the terminal in 80 columns.
-    columns: {heading: key of row}.
+    columns: "heading=key of row" ten times.
     """
+    columns = dict(column.split("=") for column in columns.split())
     if RANK == 0:
-        log_row(cfg, row)
+        write_lines(f"{cfg.out_dir}/metrics.jsonl", [row])
     if header:
         print0(" ".join(f"{name:>7}" for name in columns))
     print0(" ".join(f"{row[key] or 0:>7.3g}" for key in columns.values()))
@@ -622,6 +609,26 @@ def _write_checkpoint(path, model, tokenizer, weights, moments, state):
         ) from error
 
 
+def model_folder(path, file="config.json"):
+    """
+    `path`, or the newest checkpoint in it where it is the folder of a run. UserError where it lacks
+    `file` and is no hub name either.
+    """
+    folder = Path(path)
+    is_hub_name = len(folder.parts) == 2 and not folder.parent.is_dir()
+    if is_hub_name:
+        print_once(f"{path}: no folder here, so it is looked for on the model hub")
+    elif not (folder / file).is_file():
+        checkpoints = sorted(folder.glob(f"{STEP_GLOB}/{file}"))
+        if not checkpoints:
+            raise UserError(
+                f"no model folder {path}: it has no {file}; give a folder, or a hub name "
+                f"such as Qwen/Qwen3-0.6B"
+            )
+        return str(checkpoints[-1].parent)
+    return path
+
+
 def newest_checkpoint(out_dir):
     """
     The step of the newest checkpoint that loads; -1 where nothing was saved yet. Those that do not
@@ -664,8 +671,6 @@ def run(main, doc, cls):
         print(f"error: {f'rank {RANK}: ' if WORLD > 1 else ''}{error}", file=sys.stderr)
     except Exception:  # a bug; the other processes must not wait for this one
         traceback.print_exc()
-    if "wandb" in sys.modules:
-        sys.modules["wandb"].finish()
     sys.stdout.flush()
     if not isinstance(code, int):  # sys.exit("words"), in a user's own edit
         sys.exit(code)

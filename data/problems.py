@@ -14,8 +14,17 @@ from pathlib import Path
 from transformers import AutoTokenizer, GenerationConfig
 
 from grade import extract_answer
-from models import model_folder, stop_ids
-from utils import RANK, WORLD, UserError, as_user_error, derive_seed, fingerprint, print0
+from models import stop_ids
+from utils import (
+    RANK,
+    WORLD,
+    UserError,
+    as_user_error,
+    derive_seed,
+    fingerprint,
+    model_folder,
+    print0,
+)
 
 
 def load_problems(path, answered=False):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -77,6 +78,19 @@ def sequences(tokenizer, prompts):
         solution = tokenizer.encode(problem["solution"], add_special_tokens=False)
         pairs.append((prompt, [*solution, STOPS[0]]))
     return pairs
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory):
+    """The toy teacher with a template that writes its stop id into the prompt, as Qwen3's does."""
+    folder = tmp_path_factory.mktemp("chats") / "teacher"
+    shutil.copytree("data/toy/teacher", folder)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ m['content'] }}", "{{ m['content'] }}<|im_end|>")
+    tokenizer.save_pretrained(folder)
+    assert STOPS[1] in encode_prompt(tokenizer, "1+2?")
+    return folder
 
 
 @pytest.fixture()

@@ -126,12 +126,15 @@ ROLLBACK = ["configs/toy_curriculum.py", *TEN, "--max_steps=5", "--horizons=(6, 
             "--entropy_floor=1.0"]
 
 
-def test_four_cells_on_two_processes(tmp_path, trajectories):
+def test_four_cells_on_two_processes(tmp_path, trajectories, chats):
     """
-    Every cell, ten steps, and a curriculum that rolls back, whole and sharded, with ranks that
-    have no token in a forward.
+    Every cell, ten steps, a curriculum that rolls back, and exchanged stop ids, whole and sharded,
+    with ranks that have no token in a forward.
     """
     ways = {name: options(name, trajectories) for name in CELLS} | {"rollback": ROLLBACK}
+    ways["exchanged"] = [  # the student's LM head becomes a matrix of its own
+        *options("toy_opd", trajectories), f"--teacher={chats}", "--stop=student",
+        "--exchange_stops", "--terminal=mask"]
     runs = [[*argv, f"--fsdp={fsdp}", f"--out_dir={tmp_path}/{name}_{fsdp}"]
             for name, argv in ways.items() for fsdp in (False, True)]
     empty = launch(2, runs, tmp_path)

@@ -291,7 +291,7 @@ def test_bootstrap_covers():
     """The 95 % interval of a mean of 40 coins holds the truth in 88 to 99 of 100 trials."""
     rng, inside = random.Random(0), 0
     for trial in range(100):
-        low, high = eval_math.interval([float(rng.random() < 0.3) for _ in range(40)], trial, 300)
+        low, high = plot.interval([float(rng.random() < 0.3) for _ in range(40)], trial, 300)
         inside += low <= 0.3 <= high
     assert 88 <= inside <= 99
 

@@ -113,8 +113,10 @@ MAY_IMPORT = {
     "grade": {"engine", "utils", "kernels"},
     "trajectories": {"models", "utils"},
     **{stage: TO_A_STAGE for stage in STAGES},
+    "eval_math": {*TO_A_STAGE, "plot"},  # for its table and intervals
     "cells": {"plot", "configs"},  # it starts stages as programs
-    "plot": {"utils", "eval_math"},  # for its bootstrap
+    "stops": {"cells"},
+    "plot": {"utils"},
     "estimate": {"train_distill", "rl_grpo", *TO_A_STAGE},  # for their configs
 }
 

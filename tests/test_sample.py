@@ -381,7 +381,7 @@ def test_compared_are_models_not_their_paths(shards, tmp_path):
     assert contents(out) == contents(shards)
     data = Trajectories(out, want_hidden=True)
     assert {shard.model for shard in data.shards} == {"data/toy/teacher", f"{tmp_path}/teacher"}
-    load_head("data/toy/teacher", data)
+    load_head("data/toy/teacher", data, torch.float32)
 
 
 @pytest.mark.parametrize("says_tied", [True, False])
@@ -402,7 +402,7 @@ def test_the_head_is_the_one_that_the_model_uses(tmp_path, teacher, says_tied, f
     model = models.load_model(str(folder), torch.float32)
     out = make(tmp_path / "shards", f"--model={folder}", "--num_prompts=4")
     data = Trajectories(out, want_hidden=True)
-    head = load_head(str(folder), data).float()
+    head = load_head(str(folder), data, torch.float32)[0]
     response = data[0]
     ids = torch.tensor([[*response.prompt, *response.tokens]])
     with torch.no_grad():
@@ -423,7 +423,7 @@ def test_untied_head_in_several_files(tmp_path, teacher):
     model.save_pretrained(folder, max_shard_size="500KB")
     assert (folder / "model.safetensors.index.json").is_file()
     out = make(tmp_path / "shards", f"--model={folder}", "--num_prompts=4")
-    head = load_head(str(folder), Trajectories(out, want_hidden=True))
+    head, _ = load_head(str(folder), Trajectories(out, want_hidden=True), "auto")
     assert torch.equal(head.float(), model.lm_head.weight.detach())
     assert not torch.equal(head.float(), model.model.embed_tokens.weight.detach())
 
@@ -492,7 +492,7 @@ def test_disk(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------- terminal
 
 def test_one_prompt(capsys, teacher, tokenizer):
-    """--prompt prints what generate gives for the seed, token by token."""
+    """--prompt prints what generate gives for the seed."""
     assert sample.main(["configs/toy_sample.py", "--prompt=3+4+5?"])
     shown = capsys.readouterr()
     engine = HFEngine(teacher, vocab_size=272)
@@ -502,23 +502,24 @@ def test_one_prompt(capsys, teacher, tokenizer):
     assert f"({len(tokens)} tokens, stopped)" in shown.err
 
 
-def test_half_a_character_waits(capsys, student, tokenizer):
-    """A character of several tokens is printed once it is whole."""
+def test_half_a_word_waits(capsys, student, tokenizer):
+    """A word, or a character of several tokens, is printed once it is whole."""
     class Engine:
         model = student
 
         def stream(self, prompts, sampling, seeds, on_token):
-            ids = tokenizer.encode("a€b", add_special_tokens=False)
-            assert len(ids) == 5
+            ids = tokenizer.encode("a€ b", add_special_tokens=False)
+            assert len(ids) == 6
             for token in ids:
                 on_token(0, token)
                 printed.append(capsys.readouterr().out)
-            yield 0, ids, [0.0] * 5, "stop"
+            yield 0, ids, [0.0] * 6, "stop"
 
     printed = []
     question = [{"role": "user", "content": "?"}]
     sample.answer(Engine(), tokenizer, question, Sampling(9, STOPS), 0)
-    assert printed == ["a", "", "", "€", "b"]
+    assert printed == ["", "", "", "", "a€ ", ""]
+    assert capsys.readouterr().out == "b\n"
 
 
 def test_chat(monkeypatch, tokenizer):

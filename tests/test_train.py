@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
@@ -25,7 +26,7 @@ import utils
 from data.problems import deal, encode_prompt, load_problems
 from engine import HFEngine, Sampling
 from kernels import linear_kl
-from models import lm_head, load_model, model_folder, response_hidden
+from models import lm_head, load_model, response_hidden
 from utils import UserError, log_evaluation, read_lines, write_lines
 
 OPD = "configs/toy_opd.py"
@@ -375,7 +376,7 @@ def test_a_copied_script_has_its_own_name(train, tmp_path, monkeypatch):
 
 def test_the_start_may_be_the_best(tmp_path):
     """An evaluation that is worse than step 0's is not `best`; a better one is."""
-    cfg = SimpleNamespace(out_dir=str(tmp_path), wandb=False)
+    cfg = SimpleNamespace(out_dir=str(tmp_path))
     state = {"best_score": -1.0, "best_step": 0}
     metrics = {"pass_at_k": 1.0, "k": 1, "length": 5.0, "entropy": 0.1, "truncated": 0.0}
     found = []
@@ -704,7 +705,8 @@ def test_a_save_is_tried_before_the_first_step(train, tmp_path, monkeypatch):
 
 def test_the_folder_of_a_run_is_its_newest_checkpoint(train, tmp_path):
     _, run = train(OPD, "--max_steps=2", "--save_every=1")
-    assert model_folder(run) == str(run / "step_000002") and model_folder(run / "last") != str(run)
+    assert utils.model_folder(run) == str(run / "step_000002")
+    assert utils.model_folder(run / "last") != str(run)
     rows, again = train(OPD, "--max_steps=1", f"--student={run}", f"--teacher={run}")
     assert steps_of(rows)[0]["reverse_kl"] == pytest.approx(0, abs=1e-5)
     (run / "step_000002").rename(tmp_path / "apart")
@@ -728,7 +730,7 @@ def test_without_links(train, tmp_path, monkeypatch):
     _, bare = train(OPD, "--max_steps=1")
     assert {path.name for path in bare.iterdir() if path.is_dir()} == {"step_000001"}
     train(OPD, "--max_steps=2", "--resume", out=bare)
-    assert model_folder(bare).endswith("step_000002")
+    assert utils.model_folder(bare).endswith("step_000002")
 
 
 def test_two_runs_in_one_folder(train, tmp_path):
@@ -771,23 +773,22 @@ def test_models_that_are_not_supported(tmp_path, config):
     assert "\n" not in str(caught.value)
 
 
-def test_wandb(train, tmp_path, monkeypatch):
-    """Every row of metrics.jsonl is logged, under the name of out_dir."""
+def test_the_docs_recipe_for_wandb(train, tmp_path, monkeypatch):
+    """The script of docs/running.md logs every row of metrics.jsonl, under the name of the run."""
+    docs = Path("docs/running.md").read_text()
+    script = docs[docs.index("import json, sys, wandb"):].split("```")[0]
     begun, logged = {}, []
     module = SimpleNamespace(
         init=lambda **options: begun.update(options),
         log=lambda row, step: logged.append((step, row)))
+    rows, _ = train(OPD, "--max_steps=2", *EVALUATED, out=tmp_path / "name")
     monkeypatch.setitem(sys.modules, "wandb", module)
-    out = tmp_path / "name"
-    rows, _ = train(OPD, "--max_steps=2", *EVALUATED, "--wandb", out=out)
-    assert begun["name"] == str(out)
-    assert begun["config"]["out_dir"] == str(out)
+    monkeypatch.setattr(sys, "argv", ["to_wandb.py", str(tmp_path / "name")])
+    exec(script, {})
+    assert begun["name"] == begun["config"]["out_dir"] == str(tmp_path / "name")
     assert [step for step, _ in logged] == [row["step"] for row in rows]
     assert logged[0][1]["student/avg_at_k"] == rows[0]["avg_at_k"]
     assert logged[1][1]["train/loss"] == rows[1]["loss"]
-    monkeypatch.setitem(sys.modules, "wandb", None)     # as where it is not installed
-    with pytest.raises(UserError, match="cannot log to wandb .pip install wandb"):
-        train(OPD, "--max_steps=2", "--wandb", "--resume", out=out)
 
 
 def test_processes_without_torchrun():
