@@ -1,6 +1,6 @@
 """
-The paper's comparisons in miniature: prefix source, KL direction, mixing, horizon and curriculum,
-for both stop conventions.
+The paper's comparisons: prefix source, KL direction, mixing, horizon and curriculum; in miniature,
+or the whole grid on GPUs.
 
     python cells.py                                      # make cells: 36 runs on the toy world,
                                                          # half an hour on 2 cores
@@ -8,66 +8,120 @@ for both stop conventions.
                                                          # from eight end points each; hours
     python cells.py --world smollm --rl                  # make real-cells: a real language model,
                                                          # after make real; hours
+    python cells.py --base configs/opd_4b.py --rl --gpus 0,1,2,3,4,5,6,7    # the paper's grid
 
-Each run is a folder out/cells/SEED/NAME (out/cells_smollm of that world). The names are
-prefix_lam_horizon_stop; hard_horizon_stop, SFT on the teacher's tokens alone; curriculum_stop;
-strict_stop, a curriculum with a higher floor that rolls back; and grpo_prefix_lam_horizon.
+Each run is a folder out/cells/SEED/NAME (out/cells_smollm, or out/cells_opd_4b of these). The names
+are prefix_lam_horizon_stop; hard_horizon_stop, SFT on the teacher's tokens alone; curriculum_stop;
+strict_stop, a curriculum with a higher floor that rolls back; grpo_prefix_lam_horizon; and, with
+--base, eval_NAME, a run's last checkpoint on the benchmarks.
 
-A finished run is not run again, and one that was cut short goes on from its last checkpoint. To
-have a run again, delete its folder (and those of the GRPO runs that begin from it). The figures,
-table.md and claims.md (the paper's inequalities with our numbers) come to the same folder.
+Every run is a process on a GPU of its own (without --gpus: on a thread), and begins when those that
+it needs have ended. A finished run is not run again, and one that was cut short goes on from its
+last checkpoint, on any machine that has the folder. To have a run again, delete its folder (and
+those of the runs that begin from it). The figures, table.md, claims.md (the paper's inequalities
+with our numbers) and, with --base, paper.md (the paper's table with ours) come to the same folder.
 
-A = Avg@8, P = Pass@8, H = entropy (nats per token of the model's own responses, full softmax at
+A = Avg@k, P = Pass@k, H = entropy (nats per token of the model's own responses, full softmax at
 T = 1), l = length (tokens), all of the last evaluation; R / F = reverse / forward KL (lam = 1 / 0);
 S / T = student / teacher prefixes.
 """
 
 import argparse
+import dataclasses
 import fcntl
-import importlib
+import functools
+import json
 import os
+import runpy
 import subprocess
 import sys
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 import plot
 
 PREFIXES = ("teacher", "student")
-DIRECTIONS = (("forward", 0), ("reverse", 1))            # the ends of LAMS
+DIRECTIONS = (("forward", 0), ("reverse", 1))            # the ends of `lams`
 
 
-def use_world(name):
+@dataclasses.dataclass
+class World:
     """
-    Set what differs between the worlds: lengths, from configs/NAME_curriculum.py, the amounts of
-    reverse KL, stop conventions, the arguments of GRPO, and where everything goes.
+    Models, problems and configs of a set of runs. The configs are files, with options after them;
+    `cells` has what all runs have in common: prefix, lam, horizon and stop are set here.
     """
-    global CONFIGS, PARENT, OUT, RUNGS, SHORT, LONG, LIMIT, LAMS, STOPS, HARD, GRPO
-    curriculum = importlib.import_module(f"configs.{name}_curriculum")
-    CONFIGS = f"configs/{name}"
-    PARENT = importlib.import_module(f"configs.{name}_cells")    # models and problems of all runs
-    RUNGS = curriculum.horizons                          # each is a fixed horizon too
-    SHORT, LONG = RUNGS[0], RUNGS[-1]
-    LIMIT = curriculum.eval_max_new_tokens
+
+    out: Path
+    cells: list
+    curriculum: list
+    sample: list
+    grpo: list
+    evaluate: list                                       # [] where no benchmark is run
+    rungs: tuple                                         # horizons, short to long
+    lams: tuple = (0, 0.2, 0.5, 0.8, 1)
+    stops: tuple = ("union",)
+    is_grid: bool = False                                # the paper's runs and no controls
+    hard: bool = False                                   # also SFT on the teacher's tokens
+
+    @property
+    def short(self):
+        return self.rungs[0]
+
+    @property
+    def long(self):
+        return self.rungs[-1]
+
+    @functools.cached_property
+    def base(self):
+        """What the config file of all runs assigns, {name: value}."""
+        return runpy.run_path(self.cells[0])
+
+
+def small_world(name):
+    """The toy world, or the real language model of make real ("smollm")."""
+    curriculum = runpy.run_path(f"configs/{name}_curriculum.py")
+    world = World(
+        Path("out/cells"), [f"configs/{name}_cells.py"], [f"configs/{name}_curriculum.py"],
+        [f"configs/{name}_sample.py"], [f"configs/{name}_grpo.py"], [], curriculum["horizons"])
     if name == "toy":
-        OUT = Path("out/cells")
-        LAMS = (0, 0.2, 0.5, 0.8, 1)
-        STOPS = ("union", "student")
-        HARD = False
-        GRPO = ["--eval_data=data/toy/hard.jsonl", "--eval_every=25"]
+        world.stops = ("union", "student")
+        world.grpo += ["--eval_data=data/toy/hard.jsonl", "--eval_every=25"]
     else:
-        OUT = Path(f"out/cells_{name}")
-        LAMS = (0, 0.2, 0.5, 1)
-        STOPS = ("union",)                               # student and teacher have the same
-        HARD = True
-        GRPO = ["--max_steps=20"]
+        world.out = Path(f"out/cells_{name}")
+        world.lams = (0, 0.2, 0.5, 1)
+        world.hard = True
+        world.grpo += ["--max_steps=20"]
+    return world
 
 
-use_world("toy")
+def grid(base, sample, grpo, evaluate, short):
+    """The paper's runs for any config of on-policy distillation; its horizon is the long one."""
+    given = runpy.run_path(base)
+    needed = ("student", "teacher", "prompts", "eval_data", "max_new_tokens", "max_steps",
+              "eval_max_new_tokens")
+    lacks = [key for key in needed if key not in given]
+    if lacks or given["max_new_tokens"] <= short:
+        sys.exit(f"error: {base} must set {', '.join(lacks or ['max_new_tokens'])}"
+                 + ("" if lacks else f" to more than {short}, the short horizon (--short)"))
+    rungs = [short]
+    while 2 * rungs[-1] < given["max_new_tokens"]:
+        rungs.append(2 * rungs[-1])
+    rungs.append(given["max_new_tokens"])
+    files = [f"--{key}={given[key]}" for key in ("prompts", "eval_data")]
+    sampling = [f"--{key}={given[key]}" for key in ("temperature", "top_p", "top_k")
+                if key in given]
+    return World(
+        Path(f"out/cells_{Path(base).stem}"), [base],
+        [base, f"--horizons={tuple(rungs)}",
+         f"--steps_per_horizon={given['max_steps'] // len(rungs)}"],
+        [sample, f"--model={given['teacher']}", f"--student={given['student']}", files[0],
+         f"--max_new_tokens={rungs[-1]}", *sampling],
+        [grpo, *files], evaluate, tuple(rungs), is_grid=True)
+
 
 # Differences up to these count as none: A over 512 responses has a standard error of about 0.02.
 TIE = {"A": 0.02, "P": 0.02, "H": 0.005, "l": 5}
@@ -77,58 +131,102 @@ def name_of(prefix, lam, horizon, stop):
     return f"{prefix}_{lam:g}_{horizon}_{stop}"
 
 
-def distillation_runs():
+# -------------------------------------------------------------------------------------------- runs
+
+class Job(NamedTuple):
+    script: str
+    folder: Path
+    argv: list
+    after: tuple = ()                                    # folders of the jobs that it needs
+
+
+def distillation_runs(world):
     """{name: arguments of train_distill.py}, in the order of the work."""
-    cells = [("teacher", 0), ("teacher", 1), *(("student", lam) for lam in reversed(LAMS))]
+    cells = [("teacher", 0), ("teacher", 1), *(("student", lam) for lam in reversed(world.lams))]
     runs = {}
-    for stop in STOPS:
-        for horizon in (LONG, SHORT, *RUNGS[1:-1]):
+    for stop in world.stops:
+        for horizon in (world.long, world.short, *world.rungs[1:-1]):
             for prefix, lam in cells:
+                is_end = horizon in (world.short, world.long)
                 # The rungs between the ends are controls for the curriculum only.
-                if horizon not in (SHORT, LONG) and (prefix, lam) != ("student", 1):
+                if not is_end and (world.is_grid or (prefix, lam) != ("student", 1)):
+                    continue
+                if world.is_grid and lam not in (0, 1) and horizon != world.long:
                     continue
                 argv = [
-                    f"{CONFIGS}_cells.py", f"--prefix={prefix}", f"--reverse_weight={lam}",
+                    *world.cells, f"--prefix={prefix}", f"--reverse_weight={lam}",
                     f"--max_new_tokens={horizon}", f"--stop={stop}"]
                 if prefix == "teacher":
-                    argv.append(f"--trajectories={OUT}/trajectories")
+                    argv.append(f"--trajectories={world.out}/trajectories")
                 runs[name_of(prefix, lam, horizon, stop)] = argv
-        if HARD:
-            forward = runs[name_of("teacher", 0, LONG, stop)]
-            runs[f"hard_{LONG}_{stop}"] = [*forward, "--teacher=None"]
-        curriculum = [f"{CONFIGS}_curriculum.py", f"--stop={stop}"]
-        runs[f"curriculum_{stop}"] = curriculum
-        runs[f"strict_{stop}"] = [
-            *curriculum, "--entropy_floor=0.85", "--on_gate_closed=rollback"]
-    runs[name_of("student", 1, LONG, "union")].append("--eval_teacher=True")     # for the figures
+        if world.hard:
+            forward = runs[name_of("teacher", 0, world.long, stop)]
+            runs[f"hard_{world.long}_{stop}"] = [*forward, "--teacher=None"]
+        runs[f"curriculum_{stop}"] = [*world.curriculum, f"--stop={stop}"]
+        if not world.is_grid:
+            runs[f"strict_{stop}"] = [
+                *runs[f"curriculum_{stop}"], "--entropy_floor=0.85", "--on_gate_closed=rollback"]
+    if not world.is_grid:                                # for the figures
+        runs[name_of("student", 1, world.long, "union")].append("--eval_teacher=True")
     return runs
 
 
-def grpo_runs(folder):
-    """{name: arguments of rl_grpo.py}: from each corner, short and long."""
+def grpo_runs(world, folder):
+    """{name: (name of the run it begins from, arguments of rl_grpo.py)}: from each corner."""
     runs = {}
     for prefix in PREFIXES:
         for _, lam in DIRECTIONS:
-            for horizon in (SHORT, LONG):
-                student = folder / name_of(prefix, lam, horizon, "union") / "last"
-                runs[f"grpo_{prefix}_{lam}_{horizon}"] = [
-                    f"{CONFIGS}_grpo.py", f"--student={student}", *GRPO]
+            for horizon in (world.short, world.long):
+                start = name_of(prefix, lam, horizon, world.stops[0])
+                runs[f"grpo_{prefix}_{lam}_{horizon}"] = (
+                    start, [*world.grpo, f"--student={folder / start / 'last'}"])
     return runs
 
 
-def check_inputs(out):
-    """Exit if the runs in `out` were made from other configs or models than there are now."""
-    files = [Path(f"{CONFIGS}_{name}.py") for name in ("cells", "curriculum", "grpo", "sample")]
-    files += [Path(PARENT.prompts), Path(PARENT.eval_data)]
-    for folder in (PARENT.student, PARENT.teacher):
-        files += sorted(Path(folder).glob("*.json")) + sorted(Path(folder).glob("*.safetensors"))
-    inputs = "".join(f"{file} {zlib.crc32(file.read_bytes())}\n" for file in files)
-    record = out / "inputs.txt"
-    if record.exists() and record.read_text() != inputs:
-        sys.exit(f"error: {out} was made with other configs or models than there are now; "
+def jobs_of(world, seeds, rl):
+    """All jobs of these seeds."""
+    trajectories = world.out / "trajectories"
+    work = [Job("sample.py", trajectories, world.sample)]
+    if world.evaluate:
+        for name in ("student", "teacher"):
+            work.append(Job("eval_math.py", world.out / f"eval_{name}", [
+                *world.evaluate, f"--model={world.base[name]}",
+                f"--template={world.base['teacher']}"]))
+    for seed in seeds:
+        folder, trained = world.out / str(seed), []
+        for name, argv in distillation_runs(world).items():
+            needs = (trajectories,) if f"--trajectories={trajectories}" in argv else ()
+            trained.append(Job("train_distill.py", folder / name, argv, needs))
+        for name, (start, argv) in grpo_runs(world, folder).items() if rl else ():
+            trained.append(Job("rl_grpo.py", folder / name, argv, (folder / start,)))
+        work += [job._replace(argv=[*job.argv, f"--seed={seed}"]) for job in trained]
+        for job in trained if world.evaluate else ():
+            work.append(Job(
+                "eval_math.py", folder / f"eval_{job.folder.name}",
+                [*world.evaluate, f"--model={job.folder}/last"], (job.folder,)))
+    return work
+
+
+def check_inputs(world):
+    """Exit if the runs in world.out were made from other configs or models than there are now."""
+    configs = [*world.cells[:1], *world.curriculum[:1], *world.sample[:1], *world.grpo[:1],
+               *world.evaluate[:1]]
+    inputs = {}
+    for file in dict.fromkeys(configs):                  # by what they assign, inherited or not
+        inputs[file] = {key: value for key, value in runpy.run_path(file).items()
+                        if not key.startswith("_")}
+    for key in ("prompts", "eval_data", "student", "teacher"):
+        path = Path(world.base[key])                     # of a name on the hub there is no file
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            if file.is_file():
+                inputs[str(file)] = zlib.crc32(file.read_bytes())
+    text = "".join(f"{name} {value}\n" for name, value in inputs.items())
+    record = world.out / "inputs.txt"
+    if record.exists() and record.read_text() != text:
+        sys.exit(f"error: {world.out} was made with other configs or models than there are now; "
                  f"delete it, or move it away")
-    out.mkdir(parents=True, exist_ok=True)
-    record.write_text(inputs)
+    world.out.mkdir(parents=True, exist_ok=True)
+    record.write_text(text)
 
 
 def cores():
@@ -137,52 +235,80 @@ def cores():
     return len(affinity(0)) if affinity else os.cpu_count()
 
 
-def execute(jobs, work):
-    """
-    Run the commands (script, folder, arguments), `jobs` at a time, on one thread each. Exits when
-    one of them fails.
-    """
-    todo = [job for job in work if not (job[1] / "finished").exists()]
-    print(f"{len(work)} runs, {len(work) - len(todo)} finished before", flush=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def is_finished(folder):
+    return (folder / "finished").exists()
 
-    def run_one(number, job):
-        script, folder, argv = job
-        command = [sys.executable, script, *argv, f"--out_dir={folder}"]
-        if script != "sample.py":                        # which always goes on
-            command.append("--resume")
-        started = time.time()
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{folder}.log", "a") as log:
-            # The run inherits the lock, and holds it should this script be killed before the run.
-            try:
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"{folder}: another process is running it", flush=True)
-                return 1
-            code = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
-        if code == 0:
-            (folder / "finished").touch()
-        seconds = time.time() - started
-        failed = f": failed, see {folder}.log" if code else ""
-        print(f"[{number:>3}/{len(todo)}] {folder} {seconds:.0f} s{failed}", flush=True)
-        return code
 
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            codes = list(pool.map(run_one, range(1, len(todo) + 1), todo))
-        except KeyboardInterrupt:                        # the runs have received it too
-            pool.shutdown(cancel_futures=True)
-            sys.exit("interrupted; the same command goes on")
-    if any(codes):
+def execute(work, gpus):
+    """
+    Run the jobs, one at a time on each of `gpus`, the only one that it sees ("": none, and one
+    thread). A job begins when those that it needs are finished. Where one fails, what needs it is
+    left out, the rest goes on, and at the end this exits.
+    """
+    waiting = [job for job in work if not is_finished(job.folder)]
+    count = len(waiting)
+    print(f"{len(work)} runs, {len(work) - count} finished before", flush=True)
+    running, free, ended, failed = {}, list(gpus), 0, set()
+    try:
+        while waiting or running:
+            for job in list(waiting):
+                if failed & {*job.after}:
+                    waiting.remove(job)
+                    failed.add(job.folder)
+                    print(f"{job.folder}: left out, for what it needs has failed", flush=True)
+                elif free and all(map(is_finished, job.after)):
+                    waiting.remove(job)
+                    process = start(job, free[0])
+                    if process is None:
+                        failed.add(job.folder)
+                    else:
+                        running[process] = job, free.pop(0), time.time()
+            for process in [process for process in running if process.poll() is not None]:
+                job, gpu, began = running.pop(process)
+                free.append(gpu)
+                ended += 1
+                if process.returncode:
+                    failed.add(job.folder)
+                else:
+                    (job.folder / "finished").touch()
+                note = f": failed, see {job.folder}.log" if process.returncode else ""
+                print(f"[{ended:>3}/{count}] {job.folder} {time.time() - began:.0f} s{note}",
+                      flush=True)
+            time.sleep(0.2)
+    except KeyboardInterrupt:                            # the runs have received it too
+        for process in running:
+            process.wait()
+        sys.exit("interrupted; the same command goes on")
+    if failed:
         sys.exit("error: some runs failed; mend the cause and give the same command: "
                  "the others are kept")
 
 
+def start(job, gpu):
+    """The process of a job; None where another process has it."""
+    command = [sys.executable, job.script, *job.argv, f"--out_dir={job.folder}"]
+    if job.script in ("train_distill.py", "rl_grpo.py"):     # the others always go on
+        command.append("--resume")
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
+    if not gpu:
+        environment["OMP_NUM_THREADS"] = "1"
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{job.folder}.log", "a") as log:
+        # The run inherits the lock, and holds it should this script be killed before the run.
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{job.folder}: another process is running it", flush=True)
+            return None
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+
 # ---------------------------------------------------------------------------------------- figures
 
-def draw(folder, out, rl):
+def draw(world, folder, rl):
     """The figures, from the runs of one seed."""
+    out, short, long = world.out, world.short, world.long
+
     def read(names):
         return {label: plot.read_run(folder / name) for label, name in names.items()}
 
@@ -192,12 +318,15 @@ def draw(folder, out, rl):
             for prefix in PREFIXES for kl, lam in DIRECTIONS})
 
     def mixes(horizon, stop):
-        return read({f"lam = {lam:g}": name_of("student", lam, horizon, stop) for lam in LAMS})
+        names = {f"lam = {lam:g}": name_of("student", lam, horizon, stop) for lam in world.lams}
+        return read(names)
 
     def ladder(stop):
-        names = {f"horizon {rung}": name_of("student", 1, rung, stop) for rung in RUNGS}
+        rungs = (short, long) if world.is_grid else world.rungs
+        names = {f"horizon {rung}": name_of("student", 1, rung, stop) for rung in rungs}
         names["curriculum"] = f"curriculum_{stop}"
-        names["strict curriculum"] = f"strict_{stop}"
+        if not world.is_grid:
+            names["strict curriculum"] = f"strict_{stop}"
         return read(names)
 
     def after_grpo(horizon):
@@ -208,19 +337,20 @@ def draw(folder, out, rl):
     names = ["accuracy", "entropy", "length"]
     for file, make in (("cells.png", corners), ("mixing.png", mixes)):
         rows = {}
-        for stop in STOPS:
-            for horizon in (SHORT, LONG):
-                rows[f"horizon {horizon}, stop = {stop}"] = make(horizon, stop)
+        for stop in world.stops:
+            for horizon in (short, long):
+                if not (world.is_grid and make is mixes and horizon == short):
+                    rows[f"horizon {horizon}, stop = {stop}"] = make(horizon, stop)
         plot.draw(rows, names, out / file)
 
-    rows = {f"stop = {stop}": ladder(stop) for stop in STOPS}
+    rows = {f"stop = {stop}": ladder(stop) for stop in world.stops}
     plot.draw(rows, [*names, "horizon"], out / "curriculum.png")
 
-    rows = {f"horizon {horizon}": corners(horizon, "union") for horizon in (SHORT, LONG)}
+    rows = {f"horizon {horizon}": corners(horizon, world.stops[0]) for horizon in (short, long)}
     plot.draw(rows, names, out / "tflops.png", x="tflops")
 
     if rl:
-        rows = {f"GRPO after horizon {horizon}": after_grpo(horizon) for horizon in (SHORT, LONG)}
+        rows = {f"GRPO after horizon {horizon}": after_grpo(horizon) for horizon in (short, long)}
         plot.draw(rows, names, out / "grpo.png")
 
 
@@ -259,12 +389,13 @@ def table(results, seeds):
     return lines
 
 
-def claims(runs, stop, rl):
+def claims(world, runs, stop, rl):
     """
     The paper's inequalities on one seed: rows of (number of the claim, what is compared, left side,
     right side, verdict). It is long because it is a list: a line for each inequality.
     """
     A, P, H, L = "avg_at_k", "pass_at_k", "entropy", "length"
+    short, long, limit = world.short, world.long, world.base["eval_max_new_tokens"]
     rows = []
 
     def more(claim, text, left, right):
@@ -299,55 +430,55 @@ def claims(runs, stop, rl):
         spent = [e["tflops"] for e in run]
         return float(np.interp(tflops, spent, [e[A] for e in run]))
 
-    gap_short = mean(A, SHORT, lam=1) - mean(A, SHORT, lam=0)
-    gap_long = mean(A, LONG, lam=1) - mean(A, LONG, lam=0)
-    more(2, "A(R) > A(F), short", mean(A, SHORT, lam=1), mean(A, SHORT, lam=0))
-    more(2, "A(R) > A(F), long", mean(A, LONG, lam=1), mean(A, LONG, lam=0))
+    gap_short = mean(A, short, lam=1) - mean(A, short, lam=0)
+    gap_long = mean(A, long, lam=1) - mean(A, long, lam=0)
+    more(2, "A(R) > A(F), short", mean(A, short, lam=1), mean(A, short, lam=0))
+    more(2, "A(R) > A(F), long", mean(A, long, lam=1), mean(A, long, lam=0))
     more(2, "A(R) - A(F): short > long", gap_short, gap_long)
 
-    about(3, "P(R) about P(F), short", mean(P, SHORT, lam=1), mean(P, SHORT, lam=0))
-    more(3, "P(F) > P(R), long", mean(P, LONG, lam=0), mean(P, LONG, lam=1))
+    about(3, "P(R) about P(F), short", mean(P, short, lam=1), mean(P, short, lam=0))
+    more(3, "P(F) > P(R), long", mean(P, long, lam=0), mean(P, long, lam=1))
 
     for prefix in PREFIXES:
-        for horizon, text in ((SHORT, "short"), (LONG, "long")):
+        for horizon, text in ((short, "short"), (long, "long")):
             more(4, f"H(F) > H(R), {prefix} prefixes, {text}",
                  last(prefix, 0, horizon, H), last(prefix, 1, horizon, H))
     more(4, "H(S-F) > 2 H(S-R), long: collapse",
-         last("student", 0, LONG, H), 2 * last("student", 1, LONG, H))
+         last("student", 0, long, H), 2 * last("student", 1, long, H))
 
-    more(5, "l(S-R, long) > 0.9 of the limit", last("student", 1, LONG, L), 0.9 * LIMIT)
-    more(5, "l: 0.9 of the limit > l(S-R, short)", 0.9 * LIMIT, last("student", 1, SHORT, L))
+    more(5, "l(S-R, long) > 0.9 of the limit", last("student", 1, long, L), 0.9 * limit)
+    more(5, "l: 0.9 of the limit > l(S-R, short)", 0.9 * limit, last("student", 1, short, L))
 
-    more(6, "A(S) > A(T), long", mean(A, LONG, prefix="student"), mean(A, LONG, prefix="teacher"))
+    more(6, "A(S) > A(T), long", mean(A, long, prefix="student"), mean(A, long, prefix="teacher"))
     about(6, "A(S) about A(T), short",
-          mean(A, SHORT, prefix="student"), mean(A, SHORT, prefix="teacher"))
-    more(6, "P(S) > P(T), long", mean(P, LONG, prefix="student"), mean(P, LONG, prefix="teacher"))
+          mean(A, short, prefix="student"), mean(A, short, prefix="teacher"))
+    more(6, "P(S) > P(T), long", mean(P, long, prefix="student"), mean(P, long, prefix="teacher"))
 
-    for horizon, text in ((SHORT, "short"), (LONG, "long")):
+    for horizon, text in ((short, "short"), (long, "long")):
         by_direction = mean(H, horizon, lam=0) - mean(H, horizon, lam=1)
         by_prefix = mean(H, horizon, prefix="student") - mean(H, horizon, prefix="teacher")
         more(7, f"H moves more with direction than with prefix, {text}",
              abs(by_direction), abs(by_prefix))
 
-    gain_forward = mean(A, LONG, lam=0) - mean(A, SHORT, lam=0)
-    gain_reverse = mean(A, LONG, lam=1) - mean(A, SHORT, lam=1)
-    more(8, "A(long) > A(short), R", mean(A, LONG, lam=1), mean(A, SHORT, lam=1))
-    more(8, "A(long) > A(short), F", mean(A, LONG, lam=0), mean(A, SHORT, lam=0))
+    gain_forward = mean(A, long, lam=0) - mean(A, short, lam=0)
+    gain_reverse = mean(A, long, lam=1) - mean(A, short, lam=1)
+    more(8, "A(long) > A(short), R", mean(A, long, lam=1), mean(A, short, lam=1))
+    more(8, "A(long) > A(short), F", mean(A, long, lam=0), mean(A, short, lam=0))
     more(8, "A(long) - A(short): F > R", gain_forward, gain_reverse)
 
     for lam, kl in ((0, "F"), (1, "R")):
-        teacher = evaluations("teacher", lam, LONG)
-        student = evaluations("student", lam, LONG)
+        teacher = evaluations("teacher", lam, long)
+        student = evaluations("student", lam, long)
         for part, text in ((0.5, "half of"), (1, "all of")):
             spent = part * teacher[-1]["tflops"]
             more(9, f"A(T) > A(S), {kl}, long, with {text} T's TFLOPs",
                  accuracy_at(teacher, spent), accuracy_at(student, spent))
         more(9, f"A(S) > A(T), {kl}, long, at the last step", student[-1][A], teacher[-1][A])
 
-    if rl and stop == "union":
+    if rl and stop == world.stops[0]:
         gained, began = {}, {}
         for lam in (0, 1):
-            starts = [(prefix, horizon) for prefix in PREFIXES for horizon in (SHORT, LONG)]
+            starts = [(prefix, horizon) for prefix in PREFIXES for horizon in (short, long)]
             after = [runs[f"grpo_{prefix}_{lam}_{horizon}"]["student"]
                      for prefix, horizon in starts]
             gained[lam] = sum(run[-1][A] - run[0][A] for run in after) / len(after)
@@ -356,30 +487,30 @@ def claims(runs, stop, rl):
         more(10, "A gained by GRPO: 0 > from R", 0, gained[1])
         more(11, "H at GRPO's step 0: F > R", began[0], began[1])
 
-    about(12, "A(0.2) about A(1)", last("student", 0.2, LONG, A), last("student", 1, LONG, A))
-    more(12, "A(0.2) > A(0)", last("student", 0.2, LONG, A), last("student", 0, LONG, A))
-    more(12, "H(0.2) > H(1)", last("student", 0.2, LONG, H), last("student", 1, LONG, H))
-    more(12, "l(1) > l(0.2)", last("student", 1, LONG, L), last("student", 0.2, LONG, L))
-    more(12, "l(0.5) > l(0.2)", last("student", 0.5, LONG, L), last("student", 0.2, LONG, L))
+    about(12, "A(0.2) about A(1)", last("student", 0.2, long, A), last("student", 1, long, A))
+    more(12, "A(0.2) > A(0)", last("student", 0.2, long, A), last("student", 0, long, A))
+    more(12, "H(0.2) > H(1)", last("student", 0.2, long, H), last("student", 1, long, H))
+    more(12, "l(1) > l(0.2)", last("student", 1, long, L), last("student", 0.2, long, L))
+    more(12, "l(0.5) > l(0.2)", last("student", 0.5, long, L), last("student", 0.2, long, L))
 
     curriculum = runs[f"curriculum_{stop}"]["student"][-1]
-    same_tflops = accuracy_at(evaluations("student", 1, LONG), curriculum["tflops"])
-    more(13, "A(curriculum) > A(S-R, long)", curriculum[A], last("student", 1, LONG, A))
+    same_tflops = accuracy_at(evaluations("student", 1, long), curriculum["tflops"])
+    more(13, "A(curriculum) > A(S-R, long)", curriculum[A], last("student", 1, long, A))
     more(13, "A(curriculum) > A(S-R, long), with the curriculum's TFLOPs",
          curriculum[A], same_tflops)
-    more(13, "P(curriculum) > P(S-R, long)", curriculum[P], last("student", 1, LONG, P))
-    more(13, "l(S-R, long) > l(curriculum)", last("student", 1, LONG, L), curriculum[L])
+    more(13, "P(curriculum) > P(S-R, long)", curriculum[P], last("student", 1, long, P))
+    more(13, "l(S-R, long) > l(curriculum)", last("student", 1, long, L), curriculum[L])
     return rows
 
 
-def report(results, seeds, rl):
+def report(world, results, seeds, rl):
     """
     Lines of a markdown table: for each claim and stop convention left side and right side (means
     over seeds), and the verdict.
     """
     cells = {}                                           # {(claim, text): {stop: cell}}
-    for stop in STOPS:
-        of_seeds = [claims(results[seed], stop, rl) for seed in seeds]
+    for stop in world.stops:
+        of_seeds = [claims(world, results[seed], stop, rl) for seed in seeds]
         for rows in zip(*of_seeds):
             left = sum(row[2] for row in rows) / len(rows)
             right = sum(row[3] for row in rows) / len(rows)
@@ -391,10 +522,10 @@ def report(results, seeds, rl):
             claim_and_text = rows[0][:2]
             cells.setdefault(claim_and_text, {})[stop] = f"{left:.3g}, {right:.3g}: {counted}"
 
-    headings = " | ".join(f"stop = {stop}" for stop in STOPS)
+    headings = " | ".join(f"stop = {stop}" for stop in world.stops)
     lines = [f"| claim | left, right side | {headings} |", "|---|---|---|---|"]
     for (number, text), row in cells.items():
-        of_stops = " | ".join(row.get(stop, "-") for stop in STOPS)
+        of_stops = " | ".join(row.get(stop, "-") for stop in world.stops)
         lines.append(f"| {number} | {text} | {of_stops} |")
     return lines
 
@@ -413,43 +544,113 @@ def beside_the_toy(lines, path="docs/claims.md"):
     return joined
 
 
-def main():
+# ----------------------------------------------------------------------------- the paper's numbers
+
+# Avg@k, Pass@k in per cent and length, means of four benchmarks, {(prefix, lam, teacher): (short,
+# long, short -> GRPO, long -> GRPO)}; and of the curriculum.
+PAPER = {
+    ("teacher", 0, "4B"): "30.9/45.4/3710 31.9/46.5/6411 34.9/49.4/3879 32.9/46.4/2924",
+    ("teacher", 1, "4B"): "33.3/45.6/3152 33.4/45.4/7877 32.1/44.0/3012 28.0/40.4/4994",
+    ("student", 0, "4B"): "29.0/44.5/4821 36.0/50.0/2943 34.0/45.9/3246 38.4/50.6/7498",
+    ("student", 1, "4B"): "34.5/47.1/3642 36.4/48.3/8185 34.2/46.1/2871 30.6/42.8/3853",
+    ("teacher", 0, "8B"): "30.6/47.4/3188 31.5/47.8/2767 32.7/46.9/3087 34.1/46.1/2140",
+    ("teacher", 1, "8B"): "32.3/44.8/3090 33.4/47.6/7634 31.5/44.2/3189 32.9/45.2/7123",
+    ("student", 0, "8B"): "29.3/48.0/4751 35.5/51.8/6130 30.5/43.1/4172 30.8/43.7/8192",
+    ("student", 1, "8B"): "34.5/48.7/3424 36.6/49.2/8190 32.6/46.4/3833 28.7/39.2/3982",
+    ("curriculum", "4B"): "40.0/54.1/2688",
+    ("curriculum", "8B"): "40.2/51.8/2793"}
+
+
+def paper_table(world, seeds, rl):
+    """
+    Markdown lines: the paper's table with ours. Ours are means over the benchmarks and seeds that
+    were evaluated.
+    """
+    def ours(name):
+        found = []
+        for seed in seeds:
+            path = world.out / str(seed) / f"eval_{name}" / "results.json"
+            found += json.loads(path.read_text())["results"].values()
+        return shown(found)
+
+    def shown(rows):
+        avg, passed, length = (np.mean([np.nan if row[key] is None else row[key] for row in rows])
+                               for key in ("avg_at_k", "pass_at_k", "length"))
+        return f"{100 * avg:.1f} / {100 * passed:.1f} / {length:.0f}"
+
+    size = "8B" if "8B" in world.base["teacher"] else "4B"
+    stop = world.stops[0]
+    lines = ["| Avg@k / Pass@k / length | distilled | paper | after GRPO | paper |",
+             "|---" * 5 + "|"]
+    for prefix in PREFIXES:
+        for kl, lam in DIRECTIONS:
+            theirs = [part.replace("/", " / ") for part in PAPER[prefix, lam, size].split()]
+            for i, horizon in enumerate((world.short, world.long)):
+                after = ours(f"grpo_{prefix}_{lam}_{horizon}") if rl else "-"
+                lines.append(
+                    f"| {prefix} prefixes, {kl} KL, {horizon} "
+                    f"| {ours(name_of(prefix, lam, horizon, stop))} | {theirs[i]} "
+                    f"| {after} | {theirs[2 + i]} |")
+    for lam in world.lams:
+        if lam not in (0, 1):
+            distilled = ours(name_of("student", lam, world.long, stop))
+            lines.append(
+                f"| student prefixes, lam = {lam}, {world.long} | {distilled} | - | - | - |")
+    theirs = PAPER["curriculum", size].replace("/", " / ")
+    distilled = ours(f"curriculum_{stop}")
+    lines.append(f"| curriculum to {world.long} | {distilled} | {theirs} | - | - |")
+    for name in ("student", "teacher"):
+        report = json.loads((world.out / f"eval_{name}" / "results.json").read_text())
+        numbers = shown(report["results"].values())
+        lines.append(f"| the {name} as it comes | {numbers} | - | - | - |")
+    return [*lines, "", f"The paper's: Qwen3-{size} teaches Qwen3-0.6B-Base, horizons 128 and "
+                        f"4096, means of GSM8K, MATH, AMC23 and AIME24."]
+
+
+def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--rl", action="store_true", help="GRPO from the eight end points as well")
     parser.add_argument("--jobs", type=int, default=cores(),
-                        help="runs at a time, on one thread each")
+                        help="runs at a time, on one thread each, without --gpus")
+    parser.add_argument("--gpus", help="a run at a time on each of these, as 0,1,2,3")
     parser.add_argument("--world", choices=["toy", "smollm"], default="toy")
-    args = parser.parse_args()
-    use_world(args.world)
+    parser.add_argument("--base", help="in place of a world: a config of on-policy distillation, "
+                                       "for the paper's runs and its table")
+    parser.add_argument("--short", type=int, default=128, help="the short horizon, with --base")
+    parser.add_argument("--sample", default="configs/sample_4b.py", help="config, with --base")
+    parser.add_argument("--grpo", default="configs/grpo_4b.py", help="config, with --base")
+    parser.add_argument("--eval", default="configs/eval_math.py", help="config, with --base")
+    parser.add_argument("--benchmarks", default="gsm8k,math,amc23,aime24",
+                        help="of eval_math.py, with --base; the default is the paper's")
+    args = parser.parse_args(argv)
+    if args.base:
+        evaluate = [args.eval, f"--benchmarks={args.benchmarks}"]
+        world = grid(args.base, args.sample, args.grpo, evaluate, args.short)
+    else:
+        world = small_world(args.world)
 
-    out = OUT
-    check_inputs(out)
-    folders = {seed: out / str(seed) for seed in args.seeds}
-    runs = distillation_runs()
-    rl_runs = {seed: grpo_runs(folder) if args.rl else {} for seed, folder in folders.items()}
-
-    execute(1, [("sample.py", out / "trajectories", [f"{CONFIGS}_sample.py"])])
-    execute(args.jobs, [
-        ("train_distill.py", folder / name, [*argv, f"--seed={seed}"])
-        for seed, folder in folders.items() for name, argv in runs.items()])
-    execute(args.jobs, [
-        ("rl_grpo.py", folder / name, [*argv, f"--seed={seed}"])
-        for seed, folder in folders.items() for name, argv in rl_runs[seed].items()])
+    check_inputs(world)
+    gpus = args.gpus.split(",") if args.gpus else [""] * args.jobs
+    execute(jobs_of(world, args.seeds, args.rl), gpus)
 
     results = {}
-    for seed, folder in folders.items():
-        names = [*runs, *rl_runs[seed]]
+    for seed in args.seeds:
+        folder = world.out / str(seed)
+        names = [*distillation_runs(world), *(grpo_runs(world, folder) if args.rl else ())]
         results[seed] = {name: plot.read_run(folder / name) for name in names}
-    draw(folders[args.seeds[0]], out, args.rl)
-    (out / "table.md").write_text("\n".join(table(results, args.seeds)) + "\n")
-    lines = report(results, args.seeds, args.rl)
-    if args.world != "toy":
+    draw(world, world.out / str(args.seeds[0]), args.rl)
+    lines = report(world, results, args.seeds, args.rl)
+    if args.world != "toy" and not args.base:
         lines = beside_the_toy(lines)
-    (out / "claims.md").write_text("\n".join(lines) + "\n")
-    print((out / "claims.md").read_text())
-    print(f"in {out}: table.md, claims.md, cells.png, mixing.png, curriculum.png, "
+    written = {"table.md": table(results, args.seeds), "claims.md": lines}
+    if args.base:
+        written["paper.md"] = paper_table(world, args.seeds, args.rl)
+    for name, lines in written.items():
+        (world.out / name).write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))                              # the last of them
+    print(f"\nin {world.out}: {', '.join(written)}, cells.png, mixing.png, curriculum.png, "
           f"tflops.png" + (", grpo.png" if args.rl else ""))
 
 

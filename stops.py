@@ -49,17 +49,16 @@ COLUMNS = {                     # key: (heading, digits)
 }
 
 
-def toy_runs():
+def toy_runs(world):
     """{(run, condition): (folder's name, arguments of train_distill.py)}."""
     kinds = {}
-    for horizon in (cells.LONG, cells.SHORT):
+    for horizon in (world.long, world.short):
         for kl, lam in (("reverse KL", 1), ("lam = 0.2", 0.2), ("forward KL", 0)):
-            if lam in (0, 1) or horizon == cells.LONG:
+            if lam in (0, 1) or horizon == world.long:
                 kinds[f"{kl}, horizon {horizon}"] = (
                     f"student_{lam}_{horizon}",
-                    [f"{cells.CONFIGS}_cells.py", f"--reverse_weight={lam}",
-                     f"--max_new_tokens={horizon}"])
-    kinds["curriculum"] = "curriculum", [f"{cells.CONFIGS}_curriculum.py"]
+                    [*world.cells, f"--reverse_weight={lam}", f"--max_new_tokens={horizon}"])
+    kinds["curriculum"] = "curriculum", world.curriculum
     return {
         (kind, condition): (f"{name}_{condition}", [*argv, *options])
         for kind, (name, argv) in kinds.items() for condition, options in CONDITIONS.items()}
@@ -212,13 +211,13 @@ def main():
     parser.add_argument("--jobs", type=int, default=cells.cores(), help="runs at a time")
     parser.add_argument("--world", choices=["toy", "smollm"], default="toy")
     args = parser.parse_args()
-    cells.use_world(args.world)
-    out = cells.OUT
-    cells.check_inputs(out)
-    runs = toy_runs() if args.world == "toy" else real_runs()
-    cells.execute(args.jobs, [
-        ("train_distill.py", out / str(seed) / name, [*argv, f"--seed={seed}"])
-        for seed in args.seeds for name, argv in runs.values()])
+    world = cells.small_world(args.world)
+    out = world.out
+    cells.check_inputs(world)
+    runs = toy_runs(world) if args.world == "toy" else real_runs()
+    cells.execute([
+        cells.Job("train_distill.py", out / str(seed) / name, [*argv, f"--seed={seed}"])
+        for seed in args.seeds for name, argv in runs.values()], [""] * args.jobs)
     results = {
         key: [measured(out / str(seed) / name) for seed in args.seeds]
         for key, (name, _) in runs.items()}

@@ -1,12 +1,27 @@
-"""cells.py: the paper's inequalities on numbers for which they hold, and with sides exchanged."""
+"""
+cells.py: the paper's inequalities on numbers for which they hold, and with sides exchanged; the
+scheduler with planted GPUs, and the paper's grid with planted stages.
+"""
 
+import os
+import subprocess
+import sys
+import textwrap
+import time
 from pathlib import Path
 
+import pytest
+
 import cells
+import eval_math
 import rl_grpo
+import sample
 import train_distill
 import utils
-from cells import DIRECTIONS, LAMS, LONG, PREFIXES, RUNGS, SHORT, STOPS, claims, name_of
+from cells import DIRECTIONS, PREFIXES, Job, claims, name_of
+
+TOY = cells.small_world("toy")
+SHORT, LONG, RUNGS, LAMS, STOPS = TOY.short, TOY.long, TOY.rungs, TOY.lams, TOY.stops
 
 
 def world(reverse=1, student=1, long=1):
@@ -53,14 +68,14 @@ def world(reverse=1, student=1, long=1):
 
 def failed(runs):
     """The numbers of the claims that do not hold."""
-    return {row[0] for row in claims(runs, "union", rl=True) if row[4] != "holds"}
+    return {row[0] for row in claims(TOY, runs, "union", rl=True) if row[4] != "holds"}
 
 
 def test_each_claim_holds_where_it_should():
     assert failed(world()) == set()
-    assert {row[0] for row in claims(world(), "union", rl=True)} == set(range(2, 14))
+    assert {row[0] for row in claims(TOY, world(), "union", rl=True)} == set(range(2, 14))
     # GRPO starts from the runs with stop = union only.
-    assert {10, 11} & {row[0] for row in claims(world(), "student", rl=True)} == set()
+    assert {10, 11} & {row[0] for row in claims(TOY, world(), "student", rl=True)} == set()
 
 
 def test_each_claim_fails_with_the_sides_exchanged():
@@ -86,25 +101,28 @@ def test_table_and_report_over_seeds():
     start = f"| `{name_of('student', 0, SHORT, 'union')}`"
     row = next(line for line in cells.table(results, [1, 2]) if line.startswith(start))
     assert row.split(" | ")[1] == "0.375 (0.300 - 0.450)"
-    lines = cells.report(results, [1, 2], False)
+    lines = cells.report(TOY, results, [1, 2], False)
     line = next(line for line in lines if "A(R) > A(F), short" in line)
     assert "**fails** 1, holds 1" in line and "0.375, 0.375" in line
 
 
-def test_the_world_of_the_real_model(monkeypatch):
+def check_configs(work):
+    """Every job's arguments are a valid config of its script."""
+    scripts = {script.__name__ + ".py": script
+               for script in (train_distill, rl_grpo, sample, eval_math)}
+    for job in work:
+        cfg = utils.load_config(scripts[job.script].Config, job.argv)
+        check = getattr(scripts[job.script], "validate", lambda cfg, world: None)
+        check(cfg, 1)
+
+
+def test_the_world_of_the_real_model():
     """Its runs have valid configs; its verdicts come beside the toy's, claim by claim."""
-    for name in ("CONFIGS", "PARENT", "OUT", "RUNGS", "SHORT", "LONG", "LIMIT", "LAMS", "STOPS",
-                 "HARD", "GRPO"):
-        monkeypatch.setattr(cells, name, getattr(cells, name))
-    cells.use_world("smollm")
-    runs = cells.distillation_runs()
-    assert len(runs) == 16 and "hard_64_union" in runs
-    for argv in runs.values():
-        cfg = utils.load_config(train_distill.Config, argv)
-        train_distill.validate(cfg, 1)
-    for argv in cells.grpo_runs(cells.OUT).values():
-        cfg = utils.load_config(rl_grpo.Config, argv)
-        rl_grpo.validate(cfg, 1)
+    real = cells.small_world("smollm")
+    assert len(cells.distillation_runs(real)) == 16
+    assert "hard_64_union" in cells.distillation_runs(real)
+    for a_world in (TOY, real):
+        check_configs(cells.jobs_of(a_world, [1], rl=True))
 
     lines = ["| claim | left, right side | stop = union |", "|---|---|---|",
              "| 2 | A(R) > A(F), long | 0.7, 0.6: holds |"]
@@ -113,3 +131,179 @@ def test_the_world_of_the_real_model(monkeypatch):
     assert joined[0] == toy[0] + " a real language model |" and joined[1] == toy[1] + "---|"
     added = [line.removeprefix(old) for old, line in zip(toy[2:], joined[2:], strict=True)]
     assert added.count(" 0.7, 0.6: holds |") == 1 and set(added) == {" 0.7, 0.6: holds |", " - |"}
+
+
+# ------------------------------------------------------------------------------------ the scheduler
+
+STAGE = """
+    import json, os, sys, time
+    from pathlib import Path
+    out = Path(next(a for a in sys.argv if a.startswith("--out_dir=")).split("=")[1])
+    out.mkdir(parents=True, exist_ok=True)
+    name = out.name
+    gpu = os.environ["CUDA_VISIBLE_DEVICES"]
+    Path(f"{out}.begun").open("a").write(f"{gpu} {time.time()} ")
+    if (out.parent / f"{name}.dies").exists():
+        sys.exit(3)
+    time.sleep(0.15)
+    Path(f"{out}.ended").open("a").write(f"{time.time()} ")
+"""
+
+
+@pytest.fixture
+def stage(tmp_path):
+    """A script in place of a stage, which notes when it runs and on which GPU."""
+    path = tmp_path / "stage.py"
+    path.write_text(textwrap.dedent(STAGE))
+    return str(path)
+
+
+def spans(folder, names):
+    """{name: (GPU, began, ended)}"""
+    found = {}
+    for name in names:
+        gpu, began = (folder / f"{name}.begun").read_text().split()
+        found[name] = gpu, float(began), float((folder / f"{name}.ended").read_text())
+    return found
+
+
+def test_a_gpu_has_one_run_at_a_time(stage, tmp_path, monkeypatch):
+    """Each process sees one GPU, no two at once the same, both are used, and order is kept."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    work = [Job(stage, tmp_path / f"run{i}", []) for i in range(6)]
+    work.append(Job(stage, tmp_path / "after", [], (tmp_path / "run0", tmp_path / "run5")))
+    cells.execute(work, ["5", "7"])
+    found = spans(tmp_path, [*(f"run{i}" for i in range(6)), "after"])
+    assert {gpu for gpu, _, _ in found.values()} == {"5", "7"}
+    for name, (gpu, began, ended) in found.items():
+        for other, (gpu_too, began_too, _) in found.items():
+            assert name == other or gpu != gpu_too or not began <= began_too < ended
+    overlaps = any(a[1] < b[1] < a[2] for a in found.values() for b in found.values())
+    assert overlaps and found["after"][1] > max(found["run0"][2], found["run5"][2])
+
+
+def test_a_run_that_dies(stage, tmp_path, capsys):
+    """What needs it is left out, the rest is done; the same command does only what is missing."""
+    work = [Job(stage, tmp_path / name, [], tuple(tmp_path / need for need in needs))
+            for name, needs in {"a": (), "b": (), "of_a": ("a",), "of_of_a": ("of_a",),
+                                "of_b": ("b",)}.items()]
+    (tmp_path / "a.dies").touch()
+    with pytest.raises(SystemExit, match="some runs failed; mend the cause and give the same"):
+        cells.execute(work, ["0", "1"])
+    printed = capsys.readouterr().out
+    assert f"a {0} s: failed, see {tmp_path}/a.log" in printed.replace("  ", " ")
+    assert f"{tmp_path}/of_of_a: left out, for what it needs has failed" in printed
+    assert [name for name in ("a", "b", "of_a", "of_of_a", "of_b")
+            if cells.is_finished(tmp_path / name)] == ["b", "of_b"]
+    (tmp_path / "a.dies").unlink()
+    cells.execute(work, ["0", "1"])
+    assert "5 runs, 2 finished before" in capsys.readouterr().out
+    assert len((tmp_path / "b.begun").read_text().split()) == 2         # it ran once
+    assert all(cells.is_finished(job.folder) for job in work)
+
+
+def test_a_machine_that_goes_away(stage, tmp_path):
+    """
+    The scheduler and its runs are killed; the same command begins them again.
+    """
+    driver = tmp_path / "driver.py"
+    driver.write_text(textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {os.getcwd()!r})
+        from pathlib import Path
+        import cells
+        folder = Path({str(tmp_path)!r})
+        jobs = [cells.Job({stage!r}, folder / name, []) for name in ("x", "y", "z")]
+        cells.execute(jobs, ["0"])
+    """))
+    Path(stage).write_text(Path(stage).read_text().replace("sleep(0.15)", "sleep(60)"))
+    first = subprocess.Popen([sys.executable, str(driver)], start_new_session=True,
+                             stdout=subprocess.DEVNULL)
+    while not (tmp_path / "x.begun").exists():
+        time.sleep(0.05)
+    os.killpg(first.pid, 9)
+    first.wait()
+    Path(stage).write_text(Path(stage).read_text().replace("sleep(60)", "sleep(0.05)"))
+    done = subprocess.run([sys.executable, str(driver)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "3 runs, 0 finished before" in done.stdout
+    assert all(cells.is_finished(tmp_path / name) for name in ("x", "y", "z"))
+
+
+def test_a_run_that_another_process_has(stage, tmp_path, capsys):
+    """It is not begun a second time."""
+    holder = cells.start(Job(stage, tmp_path / "x", []), "0")
+    with pytest.raises(SystemExit, match="some runs failed"):
+        cells.execute([Job(stage, tmp_path / "x", [])], ["1"])
+    assert f"{tmp_path}/x: another process is running it" in capsys.readouterr().out
+    assert holder.wait() == 0
+
+
+# ----------------------------------------------------------------------------------------- the grid
+
+PLANTED = """
+    import json, sys
+    from pathlib import Path
+    options = dict(a[2:].split("=", 1) for a in sys.argv if a.startswith("--") and "=" in a)
+    out = Path(options["out_dir"])
+    out.mkdir(parents=True, exist_ok=True)
+    e = {"model": "student", "avg_at_k": 0.25, "pass_at_k": 0.5, "k": 3, "entropy": 0.3,
+         "length": 100.0, "entropy_before_box": 0.3, "entropy_after_box": None,
+         "tokens_after_box": None, "truncated": 0.0}
+    rows = [{"step": 0, **e}]
+    rows += [{"step": 1, "loss": 1.0, "tflops": 1.0, "horizon": 24}, {"step": 1, **e}]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+    seed = int(out.parent.name) if out.parent.name.isdigit() else 0
+    number = seed + 100 * ("grpo" in out.name)
+    results = {name: {"avg_at_k": x, "pass_at_k": 2 * x, "length": number}
+               for name, x in (("easy", 0.1), ("hard", 0.3))}
+    (out / "results.json").write_text(json.dumps({"results": results}))
+"""
+
+
+def test_the_papers_grid(tmp_path, monkeypatch, capsys):
+    """
+    Runs, evaluations before and after GRPO, and the paper's table with means over benchmarks and
+    seeds. On the toy world, with planted stages.
+    """
+    stage = tmp_path / "stage.py"
+    stage.write_text(textwrap.dedent(PLANTED))
+    start = cells.start
+    monkeypatch.setattr(cells, "start", lambda job, gpu: start(job._replace(script=stage), gpu))
+    monkeypatch.setattr(cells.plot, "draw", lambda *args, **options: None)
+    options = ["--base", "configs/toy_cells.py", "--sample", "configs/toy_sample.py", "--grpo",
+               "configs/toy_grpo.py", "--eval", "configs/toy_eval.py", "--benchmarks",
+               "data/toy/easy.jsonl,data/toy/hard.jsonl", "--short", "24"]
+    world = cells.grid("configs/toy_cells.py", "configs/toy_sample.py", "configs/toy_grpo.py",
+                       ["configs/toy_eval.py"], 24)
+    assert world.rungs == (24, 48, 96, 160) and world.out == Path("out/cells_toy_cells")
+    work = cells.jobs_of(world, [1, 2], rl=True)
+    check_configs(work)
+    # Trajectories, two models as they come, and of each seed 12 runs and 8 of GRPO, all evaluated.
+    assert len(work) == 3 + 2 * 2 * (12 + 8)
+    by_name = {job.folder.name: job for job in work if job.folder.parent.name == "1"}
+    assert by_name["teacher_1_24_union"].after == (world.out / "trajectories",)
+    assert by_name["eval_grpo_student_0_160"].after == (world.out / "1/grpo_student_0_160",)
+    assert "--steps_per_horizon=50" in by_name["curriculum_union"].argv
+
+    monkeypatch.setattr(cells, "grid", lambda *args: world)
+    world.out = tmp_path / "out"
+    cells.main([*options, "--rl", "--seeds", "1", "3", "--gpus", "0,1,2,3"])
+    table = (world.out / "paper.md").read_text().splitlines()
+    assert table[2] == ("| teacher prefixes, forward KL, 24 | 20.0 / 40.0 / 2 | 30.9 / 45.4 / 3710 "
+                        "| 20.0 / 40.0 / 102 | 34.9 / 49.4 / 3879 |")
+    assert table[9].endswith("| 36.4 / 48.3 / 8185 | 20.0 / 40.0 / 102 | 30.6 / 42.8 / 3853 |")
+    assert "| curriculum to 160 | 20.0 / 40.0 / 2 | 40.0 / 54.1 / 2688 | - | - |" in table
+    assert table[2] in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="made with other configs or models than there are now"):
+        (world.out / "inputs.txt").write_text("other")
+        cells.main([*options, "--seeds", "1"])
+
+
+def test_a_base_that_lacks_something(tmp_path):
+    base = tmp_path / "base.py"
+    base.write_text("student = 'a'\nteacher = 'b'\nprompts = 'c'\neval_data = 'd'\n")
+    with pytest.raises(SystemExit, match="must set max_new_tokens, max_steps, eval_max_new_tokens"):
+        cells.grid(str(base), "s", "g", ["e"], 128)
+    base.write_text(base.read_text() + "max_new_tokens = max_steps = eval_max_new_tokens = 128\n")
+    with pytest.raises(SystemExit, match="set max_new_tokens to more than 128, the short horizon"):
+        cells.grid(str(base), "s", "g", ["e"], 128)
