@@ -29,6 +29,7 @@ import rl_grpo
 import sample
 import train_distill
 import utils
+from data.problems import encode_prompt, load_tokenizer
 from engine import (
     HFEngine,
     Sampling,
@@ -320,6 +321,23 @@ def test_a_digest_of_the_weights(prompts, build, vocab_size, dtype):
             engine.generate(prompts[:1], sampling, [0])
         else:
             engine.held = digest(tensor for _, tensor in engine._weights())
+
+
+def test_a_student_that_ends_as_its_teacher(chats, tmp_path):
+    """exchange_stops, with an LM head of its own: the folder ends at the teacher's id here too."""
+    run_script(train_distill, [
+        *ARGS, "--engine=hf", f"--teacher={chats}", "--exchange_stops", "--stop=student",
+        f"--out_dir={tmp_path / 'run'}"])
+    model = models.load_model(tmp_path / "run/last", torch.float32)
+    tokenizer = load_tokenizer(tmp_path / "run/last")
+    asked = [encode_prompt(tokenizer, f"{i}+4+{i + 1}?") for i in range(8)]
+    assert models.stop_ids(model.generation_config, tokenizer) == [260] and 260 in asked[0]
+    sampling = Sampling(200, (260,), temperature=0)
+    ours = HFEngine(model).generate(asked, sampling, range(8))
+    theirs = make(model).generate(asked, sampling, range(8))
+    assert [(tokens, reason) for tokens, _, reason in theirs] == [
+        (tokens, reason) for tokens, _, reason in ours]
+    assert all(reason == "stop" and 257 not in tokens for tokens, _, reason in theirs)
 
 
 # --------------------------------------------------------------------------------------- failures
