@@ -1,7 +1,7 @@
 # make demo       a small student learns from a teacher (on a CPU, in minutes)
 # make rl-demo    the same, and GRPO after it
 # make cells      the paper's comparisons on the toy world
-# make real       the same story on a real language model (CPU, 25 to 30 minutes)
+# make real       the same story on a real language model (CPU, 23 to 30 minutes)
 # make test       lint and tests
 #
 # PYTHON=python3.12 picks another Python; make demo ARGS=--engine=vllm adds options.
