@@ -123,10 +123,6 @@ def grid(base, sample, grpo, evaluate, short):
         [grpo, *files], evaluate, tuple(rungs), is_grid=True)
 
 
-# Differences up to these count as none: A over 512 responses has a standard error of about 0.02.
-TIE = {"A": 0.02, "P": 0.02, "H": 0.005, "l": 5}
-
-
 def name_of(prefix, lam, horizon, stop):
     return f"{prefix}_{lam:g}_{horizon}_{stop}"
 
@@ -354,6 +350,67 @@ def draw(world, folder, rl):
         plot.draw(rows, names, out / "grpo.png")
 
 
+# ------------------------------------------------------------------------------------ the bootstrap
+
+RESAMPLES = 2000
+
+
+@functools.cache
+def draws(count):
+    """
+    How often each of `count` things is drawn, with replacement, (1 + RESAMPLES, count). The first
+    row has each once: the sample itself. Two calls draw alike, so differences are paired.
+    """
+    drawn = np.random.default_rng(count).multinomial(count, [1 / count] * count, RESAMPLES)
+    return np.vstack([np.ones(count), drawn])
+
+
+def over_seeds(values):
+    """The mean over seeds (1 + RESAMPLES,), seeds drawn anew in each resample, of such arrays."""
+    numbers = [np.broadcast_to(np.asarray(value, float), 1 + RESAMPLES) for value in values]
+    return (draws(len(values)) * np.stack(numbers, 1)).mean(1)
+
+
+def measured(path):
+    """
+    Of the samples_*.jsonl of an evaluation {its key: (2, problems)}: sums over a problem's
+    responses, and what they are divided by.
+    """
+    sums = {}
+    for record in map(json.loads, Path(path).read_text(encoding="utf-8").splitlines()):
+        length, after = record["length"], record["tokens_after_box"]
+        entropy, entropy_after = record["entropy_sum"], record["entropy_after_box_sum"]
+        boxed = after is not None
+        parts = {
+            "avg_at_k": (record["correct"] or 0, record["correct"] is not None),
+            "length": (length, 1),
+            "truncated": (record["stop"] == "length", 1),
+            "entropy": (entropy, length),
+            "entropy_before_box": (entropy - entropy_after, length - after) if boxed else (0, 0),
+            "entropy_after_box": (entropy_after, after) if boxed else (0, 0)}
+        for key, part in parts.items():
+            of_key = sums.setdefault(key, {})
+            of_key[record["index"]] = np.add(of_key.get(record["index"], 0), part)
+    arrays = {key: np.array([x[i] for i in sorted(x)], float).T for key, x in sums.items()}
+    right, graded = arrays["avg_at_k"]
+    arrays["pass_at_k"] = np.stack([right > 0, graded > 0]).astype(float)
+    return arrays
+
+
+def with_resamples(folder, run):
+    """The run with arrays (1 + RESAMPLES,) in its evaluations: numbers of the drawn problems."""
+    evaluations = []
+    for e in run["student"]:
+        arrays = measured(f"{folder}/samples_student_{e['step']:06d}.jsonl")
+        drawn = {}
+        for key, (top, bottom) in arrays.items():
+            counts = draws(len(top))
+            with np.errstate(invalid="ignore"):          # 0 / 0 where no response has a box
+                drawn[key] = (counts @ top) / (counts @ bottom)
+        evaluations.append(e | drawn)
+    return run | {"student": evaluations}
+
+
 # -------------------------------------------------------------------------------- table and claims
 
 COLUMNS = (                                              # heading, key of an evaluation, digits
@@ -392,25 +449,16 @@ def table(results, seeds):
 def claims(world, runs, stop, rl):
     """
     The paper's inequalities on one seed: rows of (number of the claim, what is compared, left side,
-    right side, verdict). It is long because it is a list: a line for each inequality.
+    right side). A text with "about" says that both are equal, another that the left one is larger.
+    The evaluations in `runs` may have arrays in place of numbers, and so have the sides then. It is
+    long because it is a list: a line for each inequality.
     """
     A, P, H, L = "avg_at_k", "pass_at_k", "entropy", "length"
     short, long, limit = world.short, world.long, world.base["eval_max_new_tokens"]
     rows = []
 
-    def more(claim, text, left, right):
-        """left > right; the tolerance is that of the first of the letters A, P, H, l in `text`."""
-        tie = next(TIE[letter] for letter in text if letter in TIE)
-        if abs(left - right) <= tie:
-            verdict = "tie"
-        else:
-            verdict = "holds" if left > right else "**fails**"
-        rows.append((claim, text, left, right, verdict))
-
-    def about(claim, text, left, right):
-        """left = right within twice the tolerance."""
-        equal = abs(left - right) <= 2 * TIE[text[0]]
-        rows.append((claim, text, left, right, "holds" if equal else "**fails**"))
+    def claim(number, text, left, right):
+        rows.append((number, text, left, right))
 
     def evaluations(prefix, lam, horizon):
         return runs[name_of(prefix, lam, horizon, stop)]["student"]
@@ -428,52 +476,54 @@ def claims(world, runs, stop, rl):
     def accuracy_at(run, tflops):
         """Linear between evaluations."""
         spent = [e["tflops"] for e in run]
-        return float(np.interp(tflops, spent, [e[A] for e in run]))
+        at = np.interp(tflops, spent, range(len(run)))   # 2.5: in the middle after run[2]
+        before, after = run[int(at)], run[min(int(at) + 1, len(run) - 1)]
+        return before[A] + (at - int(at)) * (after[A] - before[A])
 
     gap_short = mean(A, short, lam=1) - mean(A, short, lam=0)
     gap_long = mean(A, long, lam=1) - mean(A, long, lam=0)
-    more(2, "A(R) > A(F), short", mean(A, short, lam=1), mean(A, short, lam=0))
-    more(2, "A(R) > A(F), long", mean(A, long, lam=1), mean(A, long, lam=0))
-    more(2, "A(R) - A(F): short > long", gap_short, gap_long)
+    claim(2, "A(R) > A(F), short", mean(A, short, lam=1), mean(A, short, lam=0))
+    claim(2, "A(R) > A(F), long", mean(A, long, lam=1), mean(A, long, lam=0))
+    claim(2, "A(R) - A(F): short > long", gap_short, gap_long)
 
-    about(3, "P(R) about P(F), short", mean(P, short, lam=1), mean(P, short, lam=0))
-    more(3, "P(F) > P(R), long", mean(P, long, lam=0), mean(P, long, lam=1))
+    claim(3, "P(R) about P(F), short", mean(P, short, lam=1), mean(P, short, lam=0))
+    claim(3, "P(F) > P(R), long", mean(P, long, lam=0), mean(P, long, lam=1))
 
     for prefix in PREFIXES:
         for horizon, text in ((short, "short"), (long, "long")):
-            more(4, f"H(F) > H(R), {prefix} prefixes, {text}",
+            claim(4, f"H(F) > H(R), {prefix} prefixes, {text}",
                  last(prefix, 0, horizon, H), last(prefix, 1, horizon, H))
-    more(4, "H(S-F) > 2 H(S-R), long: collapse",
+    claim(4, "H(S-F) > 2 H(S-R), long: collapse",
          last("student", 0, long, H), 2 * last("student", 1, long, H))
 
-    more(5, "l(S-R, long) > 0.9 of the limit", last("student", 1, long, L), 0.9 * limit)
-    more(5, "l: 0.9 of the limit > l(S-R, short)", 0.9 * limit, last("student", 1, short, L))
+    claim(5, "l(S-R, long) > 0.9 of the limit", last("student", 1, long, L), 0.9 * limit)
+    claim(5, "l: 0.9 of the limit > l(S-R, short)", 0.9 * limit, last("student", 1, short, L))
 
-    more(6, "A(S) > A(T), long", mean(A, long, prefix="student"), mean(A, long, prefix="teacher"))
-    about(6, "A(S) about A(T), short",
+    claim(6, "A(S) > A(T), long", mean(A, long, prefix="student"), mean(A, long, prefix="teacher"))
+    claim(6, "A(S) about A(T), short",
           mean(A, short, prefix="student"), mean(A, short, prefix="teacher"))
-    more(6, "P(S) > P(T), long", mean(P, long, prefix="student"), mean(P, long, prefix="teacher"))
+    claim(6, "P(S) > P(T), long", mean(P, long, prefix="student"), mean(P, long, prefix="teacher"))
 
     for horizon, text in ((short, "short"), (long, "long")):
         by_direction = mean(H, horizon, lam=0) - mean(H, horizon, lam=1)
         by_prefix = mean(H, horizon, prefix="student") - mean(H, horizon, prefix="teacher")
-        more(7, f"H moves more with direction than with prefix, {text}",
+        claim(7, f"H moves more with direction than with prefix, {text}",
              abs(by_direction), abs(by_prefix))
 
     gain_forward = mean(A, long, lam=0) - mean(A, short, lam=0)
     gain_reverse = mean(A, long, lam=1) - mean(A, short, lam=1)
-    more(8, "A(long) > A(short), R", mean(A, long, lam=1), mean(A, short, lam=1))
-    more(8, "A(long) > A(short), F", mean(A, long, lam=0), mean(A, short, lam=0))
-    more(8, "A(long) - A(short): F > R", gain_forward, gain_reverse)
+    claim(8, "A(long) > A(short), R", mean(A, long, lam=1), mean(A, short, lam=1))
+    claim(8, "A(long) > A(short), F", mean(A, long, lam=0), mean(A, short, lam=0))
+    claim(8, "A(long) - A(short): F > R", gain_forward, gain_reverse)
 
     for lam, kl in ((0, "F"), (1, "R")):
         teacher = evaluations("teacher", lam, long)
         student = evaluations("student", lam, long)
         for part, text in ((0.5, "half of"), (1, "all of")):
             spent = part * teacher[-1]["tflops"]
-            more(9, f"A(T) > A(S), {kl}, long, with {text} T's TFLOPs",
+            claim(9, f"A(T) > A(S), {kl}, long, with {text} T's TFLOPs",
                  accuracy_at(teacher, spent), accuracy_at(student, spent))
-        more(9, f"A(S) > A(T), {kl}, long, at the last step", student[-1][A], teacher[-1][A])
+        claim(9, f"A(S) > A(T), {kl}, long, at the last step", student[-1][A], teacher[-1][A])
 
     if rl and stop == world.stops[0]:
         gained, began = {}, {}
@@ -483,47 +533,62 @@ def claims(world, runs, stop, rl):
                      for prefix, horizon in starts]
             gained[lam] = sum(run[-1][A] - run[0][A] for run in after) / len(after)
             began[lam] = sum(run[0][H] for run in after) / len(after)
-        more(10, "A gained by GRPO: from F > from R", gained[0], gained[1])
-        more(10, "A gained by GRPO: 0 > from R", 0, gained[1])
-        more(11, "H at GRPO's step 0: F > R", began[0], began[1])
+        claim(10, "A gained by GRPO: from F > from R", gained[0], gained[1])
+        claim(10, "A gained by GRPO: 0 > from R", 0, gained[1])
+        claim(11, "H at GRPO's step 0: F > R", began[0], began[1])
 
-    about(12, "A(0.2) about A(1)", last("student", 0.2, long, A), last("student", 1, long, A))
-    more(12, "A(0.2) > A(0)", last("student", 0.2, long, A), last("student", 0, long, A))
-    more(12, "H(0.2) > H(1)", last("student", 0.2, long, H), last("student", 1, long, H))
-    more(12, "l(1) > l(0.2)", last("student", 1, long, L), last("student", 0.2, long, L))
-    more(12, "l(0.5) > l(0.2)", last("student", 0.5, long, L), last("student", 0.2, long, L))
+    claim(12, "A(0.2) about A(1)", last("student", 0.2, long, A), last("student", 1, long, A))
+    claim(12, "A(0.2) > A(0)", last("student", 0.2, long, A), last("student", 0, long, A))
+    claim(12, "H(0.2) > H(1)", last("student", 0.2, long, H), last("student", 1, long, H))
+    claim(12, "l(1) > l(0.2)", last("student", 1, long, L), last("student", 0.2, long, L))
+    claim(12, "l(0.5) > l(0.2)", last("student", 0.5, long, L), last("student", 0.2, long, L))
 
     curriculum = runs[f"curriculum_{stop}"]["student"][-1]
     same_tflops = accuracy_at(evaluations("student", 1, long), curriculum["tflops"])
-    more(13, "A(curriculum) > A(S-R, long)", curriculum[A], last("student", 1, long, A))
-    more(13, "A(curriculum) > A(S-R, long), with the curriculum's TFLOPs",
+    claim(13, "A(curriculum) > A(S-R, long)", curriculum[A], last("student", 1, long, A))
+    claim(13, "A(curriculum) > A(S-R, long), with the curriculum's TFLOPs",
          curriculum[A], same_tflops)
-    more(13, "P(curriculum) > P(S-R, long)", curriculum[P], last("student", 1, long, P))
-    more(13, "l(S-R, long) > l(curriculum)", last("student", 1, long, L), curriculum[L])
+    claim(13, "P(curriculum) > P(S-R, long)", curriculum[P], last("student", 1, long, P))
+    claim(13, "l(S-R, long) > l(curriculum)", last("student", 1, long, L), curriculum[L])
     return rows
+
+
+# What is called equal where a claim says "about": the interval of the difference lies within this.
+MARGIN = 0.05
+
+
+def verdict(text, difference):
+    """
+    holds, fails, or open where the 95 % interval of left - right does not decide: (verdict,
+    interval). difference: that of the sample, and those of the resamples.
+    """
+    low, high = np.percentile(difference[1:], [2.5, 97.5])
+    if "about" in text:
+        low_bound, high_bound = -MARGIN, MARGIN
+        holds = low_bound < low and high < high_bound
+        fails = high < low_bound or high_bound < low
+    else:
+        holds, fails = low > 0, high < 0
+    return "holds" if holds else "**fails**" if fails else "open", low, high
 
 
 def report(world, results, seeds, rl):
     """
     Lines of a markdown table: for each claim and stop convention left side and right side (means
-    over seeds), and the verdict.
+    over seeds), the verdict, and the interval of their difference that it rests on.
     """
     cells = {}                                           # {(claim, text): {stop: cell}}
     for stop in world.stops:
         of_seeds = [claims(world, results[seed], stop, rl) for seed in seeds]
         for rows in zip(*of_seeds):
-            left = sum(row[2] for row in rows) / len(rows)
-            right = sum(row[3] for row in rows) / len(rows)
-            verdicts = sorted(row[4] for row in rows)
-            counted = verdicts[0]
-            if len(seeds) > 1:
-                counts = {verdict: verdicts.count(verdict) for verdict in verdicts}
-                counted = ", ".join(f"{verdict} {count}" for verdict, count in counts.items())
-            claim_and_text = rows[0][:2]
-            cells.setdefault(claim_and_text, {})[stop] = f"{left:.3g}, {right:.3g}: {counted}"
+            number, text = rows[0][:2]
+            left, right = (over_seeds([row[side] for row in rows]) for side in (2, 3))
+            decided, low, high = verdict(text, left - right)
+            cells.setdefault((number, text), {})[stop] = (
+                f"{left[0]:.3g}, {right[0]:.3g}: {decided} ({low:+.2g} .. {high:+.2g})")
 
     headings = " | ".join(f"stop = {stop}" for stop in world.stops)
-    lines = [f"| claim | left, right side | {headings} |", "|---|---|---|---|"]
+    lines = [f"| claim | left, right side | {headings} |", "|---" * (2 + len(world.stops)) + "|"]
     for (number, text), row in cells.items():
         of_stops = " | ".join(row.get(stop, "-") for stop in world.stops)
         lines.append(f"| {number} | {text} | {of_stops} |")
@@ -641,7 +706,10 @@ def main(argv=None):
         names = [*distillation_runs(world), *(grpo_runs(world, folder) if args.rl else ())]
         results[seed] = {name: plot.read_run(folder / name) for name in names}
     draw(world, world.out / str(args.seeds[0]), args.rl)
-    lines = report(world, results, args.seeds, args.rl)
+    resampled = {
+        seed: {name: with_resamples(world.out / str(seed) / name, run)
+               for name, run in results[seed].items()} for seed in args.seeds}
+    lines = report(world, resampled, args.seeds, args.rl)
     if args.world != "toy" and not args.base:
         lines = beside_the_toy(lines)
     written = {"table.md": table(results, args.seeds), "claims.md": lines}

@@ -21,7 +21,6 @@ table stops_table.md and the paired differences stops_differences.md come there 
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib
@@ -40,12 +39,20 @@ CONDITIONS = {
 CONDITIONS |= {f"{name}_mask": [*argv, "--terminal=mask"] for name, argv in CONDITIONS.items()}
 
 COLUMNS = {                     # key: (heading, digits)
-    "accuracy": ("Avg@k", 3),
+    "avg_at_k": ("Avg@k", 3),
     "length": ("length", 1),
     "truncated": ("cut", 2),
     "entropy": ("entropy", 3),
     "entropy_before_box": ("before box", 3),
     "entropy_after_box": ("after box", 3),
+}
+
+
+TITLES = {                      # of the figure's panels
+    "length": "response length (tokens)",
+    "entropy_before_box": "entropy up to the first box",
+    "entropy_after_box": "entropy after the first box",
+    "avg_at_k": "accuracy (Avg@k)",
 }
 
 
@@ -90,47 +97,20 @@ def real_runs():
 
 # ----------------------------------------------------------------------------------------- numbers
 
-def measured(folder):
-    """
-    Of a run's last evaluation {column: (2, problems) array}: sums over a problem's responses, and
-    what they are divided by.
-    """
-    path = sorted(Path(folder).glob("samples_student_*.jsonl"))[-1]
-    sums = {}
-    for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-        length, after = record["length"], record["tokens_after_box"]
-        entropy, entropy_after = record["entropy_sum"], record["entropy_after_box_sum"]
-        boxed = after is not None
-        parts = {
-            "accuracy": (record["correct"] or 0, record["correct"] is not None),
-            "length": (length, 1),
-            "truncated": (record["stop"] == "length", 1),
-            "entropy": (entropy, length),
-            "entropy_before_box": (entropy - entropy_after, length - after) if boxed else (0, 0),
-            "entropy_after_box": (entropy_after, after) if boxed else (0, 0)}
-        for key, part in parts.items():
-            of_key = sums.setdefault(key, {})
-            of_key[record["index"]] = np.add(of_key.get(record["index"], 0), part)
-    return {key: np.array([x[i] for i in sorted(x)], float).T for key, x in sums.items()}
+def last_evaluation(folder):
+    return cells.measured(max(Path(folder).glob("samples_student_*.jsonl")))
 
 
-def resampled(arrays, seed=0, resamples=2000):
+def resampled(arrays):
     """
-    Ratios (resamples + 1,) of sums over seeds and problems; arrays: (2, problems) for each seed.
-    The first is that of the sample itself; in each of the others seeds and problems are drawn anew,
-    with replacement. With the same `seed` two calls draw alike, so their difference is paired.
+    Ratios (1 + resamples,) of sums over seeds and problems, both drawn anew each time; the first
+    is that of the sample itself. arrays: (2, problems) for each seed, as `cells.measured` has them.
     """
-    values = np.stack(arrays)                               # (seeds, 2, problems)
-    rng = np.random.default_rng(seed)
-    ratios = []
-    for number in range(resamples + 1):
-        drawn = values
-        if number:
-            drawn = values[rng.integers(len(values), size=len(values))]
-            drawn = drawn[:, :, rng.integers(values.shape[2], size=values.shape[2])]
-        top, bottom = drawn.sum((0, 2))
-        ratios.append(top / bottom if bottom else np.nan)
-    return np.array(ratios)
+    problems = cells.draws(arrays[0].shape[1])
+    top, bottom = (
+        cells.over_seeds([problems @ of_seed[part] for of_seed in arrays]) for part in (0, 1))
+    with np.errstate(invalid="ignore"):                     # 0 / 0 where no response has a box
+        return top / bottom
 
 
 def with_interval(ratios, digits, sign=""):
@@ -172,7 +152,7 @@ def draw(results, out):
     """A point for each condition and run, a panel for each column, with intervals over seeds."""
     kinds = list(dict.fromkeys(kind for kind, _ in results))
     conditions = [name for name in CONDITIONS if any(name == c for _, c in results)]
-    names = ["length", "entropy_before_box", "entropy_after_box", "accuracy"]
+    names = ["length", "entropy_before_box", "entropy_after_box", "avg_at_k"]
     names = [name for name in names if any(
         seeds[0][name][1].sum() for seeds in results.values())]
     figure, axes = plt.subplots(
@@ -189,7 +169,7 @@ def draw(results, out):
                 axis.plot(ratios[0], y, "o", ms=4, color=f"C{k}",
                           label=kind if c == 0 or kind not in axis.get_legend_handles_labels()[1]
                           else None)
-        axis.set_title(cells.plot.UNITS[name], fontsize=10)
+        axis.set_title(TITLES[name], fontsize=10)
         axis.set_xlim(left=0)
         axis.grid(axis="x", alpha=0.3)
         for c in range(1, len(conditions)):
@@ -219,7 +199,7 @@ def main():
         cells.Job("train_distill.py", out / str(seed) / name, [*argv, f"--seed={seed}"])
         for seed in args.seeds for name, argv in runs.values()], [""] * args.jobs)
     results = {
-        key: [measured(out / str(seed) / name) for seed in args.seeds]
+        key: [last_evaluation(out / str(seed) / name) for seed in args.seeds]
         for key, (name, _) in runs.items()}
     draw(results, out / "stops.png")
     for name, make in (("stops_table", table), ("stops_differences", differences)):

@@ -1,20 +1,24 @@
 """Where a response ends: exchange_stops, terminal, stops.py. docs/stops.md says what for."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import STOPS, saved, steps_of, weights, without_times
 from transformers import AutoModelForCausalLM
 
+import cells
 import sample
+import stops
 import train_distill
 from data.problems import deal, encode_prompt, load_problems, load_tokenizer
 from engine import HFEngine, Sampling
 from models import exchange_stops, load_model, stop_ids
 from trajectories import Trajectories
-from utils import UserError
+from utils import UserError, load_config
 
 OPD = "configs/toy_opd.py"
 OWN, THEIRS = STOPS  # <|endoftext|> of the student, <|im_end|> of the teacher
@@ -193,3 +197,44 @@ def test_mask_on_disk(train, tmp_path):
         ends = whole.ended and len(whole.tokens) <= horizon
         assert response.ended == ends
         assert response.tokens == whole.tokens[:len(whole.tokens) - 1 if ends else horizon]
+
+
+# ----------------------------------------------------------------------------------------- stops.py
+
+def test_its_runs_have_valid_configs():
+    runs = stops.toy_runs(cells.small_world("toy"))
+    assert len(runs) == 36 and len({name for name, _ in runs.values()}) == 36
+    for name, argv in [*runs.values(), *stops.real_runs().values()]:
+        cfg = load_config(train_distill.Config, argv)
+        train_distill.validate(cfg, 1)
+        assert cfg.exchange_stops == ("exchanged" in name)
+        assert (cfg.terminal == "mask") == name.endswith("_mask")
+        assert cfg.stop == ("union" if "_union" in name else "student")
+    # Those of the strictest convention and of the usual one are those of cells.py.
+    shared = cells.distillation_runs(cells.small_world("toy"))
+    for name, argv in runs.values():
+        if name in shared:
+            ours, theirs = (load_config(train_distill.Config, a) for a in (argv, shared[name]))
+            assert dataclasses.replace(theirs, eval_teacher=False) == ours
+    assert len({name for name, _ in runs.values()} & set(shared)) == 12
+
+
+def planted(length, seeds=3, problems=8):
+    """Arrays as `cells.measured` makes them, each seed's lengths around `length`."""
+    ones = np.ones(problems)
+    return [{
+        key: np.stack([ones * 4 * (length + seed if key == "length" else 0.5), ones * 4])
+        for key in stops.COLUMNS} for seed in range(seeds)]
+
+
+def test_tables_and_figure(tmp_path):
+    """Values, intervals over seeds, paired differences; a picture with a point for each run."""
+    results = {("reverse KL", "union"): planted(80), ("reverse KL", "student"): planted(250),
+               ("forward KL", "student"): planted(240)}
+    lines = stops.table(results)
+    assert lines[2].startswith("| reverse KL | `union` | 0.500 (0.500 .. 0.500) | 81.0 (80.")
+    cells_of_row = stops.differences(results)[2].split(" | ")
+    assert len(stops.differences(results)) == 3             # forward KL has nothing beside it
+    assert cells_of_row[3] == "-170.0 (-170.0 .. -170.0)"   # the seeds differ alike: it is paired
+    stops.draw(results, tmp_path / "stops.png")
+    assert (tmp_path / "stops.png").stat().st_size > 5000
