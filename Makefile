@@ -85,11 +85,11 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 
 # After the demo: the table of docs/evaluation.md, of base student, distilled student and teacher.
-# 257 and 260 are the stop ids of student and teacher: either ends a response, as in the demo.
+# With the template come the stop ids of the teacher: either id ends a response, as in the demo.
 results: .venv/installed
 	set -e; for run in base:data/toy/student distilled:out/toy_opd/last teacher:data/toy/teacher; do \
 		$(BIN)/python eval_math.py configs/toy_eval.py --model=$${run#*:} \
-			--out_dir=out/eval_$${run%%:*} --overwrite --extra_stop_ids="(257, 260)"; done
+			--out_dir=out/eval_$${run%%:*} --overwrite --template=data/toy/teacher; done
 	$(BIN)/python plot.py --eval out/eval_base out/eval_distilled out/eval_teacher
 
 # General abilities of a checkpoint by lm-evaluation-harness, with the paper's numbers of shots; it

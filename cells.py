@@ -52,11 +52,11 @@ DIRECTIONS = (("forward", 0), ("reverse", 1))            # the ends of `lams`
 class World:
     """
     Models, problems and configs of a set of runs. The configs are files, with options after them;
-    `cells` has what all runs have in common: prefix, lam, horizon and stop are set here.
+    `distil` has what all runs have in common: prefix, lam, horizon and stop are set here.
     """
 
     out: Path
-    cells: list
+    distil: list
     curriculum: list
     sample: list
     grpo: list
@@ -78,7 +78,7 @@ class World:
     @functools.cached_property
     def base(self):
         """What the config file of all runs assigns, {name: value}."""
-        return runpy.run_path(self.cells[0])
+        return runpy.run_path(self.distil[0])
 
 
 def small_world(name):
@@ -114,13 +114,15 @@ def grid(base, sample, grpo, evaluate, short):
     files = [f"--{key}={given[key]}" for key in ("prompts", "eval_data")]
     sampling = [f"--{key}={given[key]}" for key in ("temperature", "top_p", "top_k")
                 if key in given]
+    few = "--keep=1"                                     # checkpoints of 7 GB, for Qwen3-0.6B
+    # As in configs/curriculum_4b.py: 160 of 1000 steps a rung, and 40 more at the last of six.
+    steps = int(0.96 * given["max_steps"] / len(rungs))
     return World(
-        Path(f"out/cells_{Path(base).stem}"), [base],
-        [base, f"--horizons={tuple(rungs)}",
-         f"--steps_per_horizon={given['max_steps'] // len(rungs)}"],
+        Path(f"out/cells_{Path(base).stem}"), [base, few],
+        [base, few, f"--horizons={tuple(rungs)}", f"--steps_per_horizon={steps}"],
         [sample, f"--model={given['teacher']}", f"--student={given['student']}", files[0],
          f"--max_new_tokens={rungs[-1]}", *sampling],
-        [grpo, *files], evaluate, tuple(rungs), is_grid=True)
+        [grpo, few, *files], evaluate, tuple(rungs), is_grid=True)
 
 
 def name_of(prefix, lam, horizon, stop):
@@ -138,19 +140,20 @@ class Job(NamedTuple):
 
 def distillation_runs(world):
     """{name: arguments of train_distill.py}, in the order of the work."""
-    cells = [("teacher", 0), ("teacher", 1), *(("student", lam) for lam in reversed(world.lams))]
+    corners = [("teacher", 0), ("teacher", 1), *(("student", lam) for lam in reversed(world.lams))]
     runs = {}
     for stop in world.stops:
         for horizon in (world.long, world.short, *world.rungs[1:-1]):
-            for prefix, lam in cells:
+            for prefix, lam in corners:
                 is_end = horizon in (world.short, world.long)
-                # The rungs between the ends are controls for the curriculum only.
+                # The rungs between the ends are controls for the curriculum only, and the paper has
+                # none of them; nor does it mix at the short horizon.
                 if not is_end and (world.is_grid or (prefix, lam) != ("student", 1)):
                     continue
                 if world.is_grid and lam not in (0, 1) and horizon != world.long:
                     continue
                 argv = [
-                    *world.cells, f"--prefix={prefix}", f"--reverse_weight={lam}",
+                    *world.distil, f"--prefix={prefix}", f"--reverse_weight={lam}",
                     f"--max_new_tokens={horizon}", f"--stop={stop}"]
                 if prefix == "teacher":
                     argv.append(f"--trajectories={world.out}/trajectories")
@@ -203,19 +206,25 @@ def jobs_of(world, seeds, rl):
     return work
 
 
-def check_inputs(world):
-    """Exit if the runs in world.out were made from other configs or models than there are now."""
-    configs = [*world.cells[:1], *world.curriculum[:1], *world.sample[:1], *world.grpo[:1],
-               *world.evaluate[:1]]
+def check_inputs(world, models=()):
+    """
+    Exit if the runs in world.out were made from other configs, problems or models than there are
+    now, or where one is missing. models: folders besides those that the config of all runs names.
+    """
+    configs = [argv[0] for argv in (
+        world.distil, world.curriculum, world.sample, world.grpo, world.evaluate) if argv]
     inputs = {}
     for file in dict.fromkeys(configs):                  # by what they assign, inherited or not
         inputs[file] = {key: value for key, value in runpy.run_path(file).items()
                         if not key.startswith("_")}
-    for key in ("prompts", "eval_data", "student", "teacher"):
-        path = Path(world.base[key])                     # of a name on the hub there is no file
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            if file.is_file():
-                inputs[str(file)] = zlib.crc32(file.read_bytes())
+    named = [world.base[key] for key in ("prompts", "eval_data", "student", "teacher")]
+    for path in map(Path, [*named, *models]):
+        if not path.exists() and (len(path.parts) != 2 or path.parent.exists()):
+            sys.exit(f"error: no {path}, which the runs read")       # else a name on the hub
+        files = [path] if path.is_file() else [
+            file for file in sorted(path.glob("*")) if file.suffix in (".json", ".safetensors")]
+        for file in files:
+            inputs[str(file)] = checksum(file)
     text = "".join(f"{name} {value}\n" for name, value in inputs.items())
     record = world.out / "inputs.txt"
     if record.exists() and record.read_text() != text:
@@ -223,6 +232,15 @@ def check_inputs(world):
                  f"delete it, or move it away")
     world.out.mkdir(parents=True, exist_ok=True)
     record.write_text(text)
+
+
+def checksum(file):
+    """Of its content, read in blocks, for weights may be larger than the memory."""
+    value = 0
+    with open(file, "rb") as content:
+        while block := content.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return value
 
 
 def cores():
@@ -237,45 +255,64 @@ def is_finished(folder):
 
 def execute(work, gpus):
     """
-    Run the jobs, one at a time on each of `gpus`, the only one that it sees ("": none, and one
-    thread). A job begins when those that it needs are finished. Where one fails, what needs it is
-    left out, the rest goes on, and at the end this exits.
+    Run the jobs, one at a time on each of `gpus`. A job sees that GPU alone; "" is no GPU, and one
+    thread of the CPU. It begins when those that it needs are finished. Where one fails, what needs
+    it is left out, and the rest goes on; a GPU on which two in a row have failed gets no more. It
+    exits at the end where something has failed, and at the beginning where a folder was finished
+    with other arguments.
     """
+    for job in work:
+        made_with = (job.folder / "finished").read_text() if is_finished(job.folder) else None
+        if made_with not in (None, json.dumps(job.argv)):
+            sys.exit(f"error: {job.folder} was run with {made_with}, not {json.dumps(job.argv)}; "
+                     f"delete it, or move it away")
     waiting = [job for job in work if not is_finished(job.folder)]
     count = len(waiting)
     print(f"{len(work)} runs, {len(work) - count} finished before", flush=True)
-    running, free, ended, failed = {}, list(gpus), 0, set()
+    running, failed, held, ended = {}, set(), set(), 0
+    failures = dict.fromkeys(range(len(gpus)), 0)        # in a row, of a place in `gpus`
+    free = list(failures)
     try:
-        while waiting or running:
+        while running or waiting and free:
             for job in list(waiting):
                 if failed & {*job.after}:
                     waiting.remove(job)
                     failed.add(job.folder)
                     print(f"{job.folder}: left out, for what it needs has failed", flush=True)
-                elif free and all(map(is_finished, job.after)):
+                elif is_finished(job.folder):            # by another process
                     waiting.remove(job)
-                    process = start(job, free[0])
-                    if process is None:
-                        failed.add(job.folder)
-                    else:
+                elif free and all(map(is_finished, job.after)):
+                    process = start(job, gpus[free[0]])
+                    if process:
+                        waiting.remove(job)
                         running[process] = job, free.pop(0), time.time()
+                    elif job.folder not in held:
+                        held.add(job.folder)
+                        print(f"{job.folder}: another process is running it", flush=True)
             for process in [process for process in running if process.poll() is not None]:
-                job, gpu, began = running.pop(process)
-                free.append(gpu)
+                job, place, began = running.pop(process)
                 ended += 1
+                note = ""
                 if process.returncode:
                     failed.add(job.folder)
+                    failures[place] += 1
+                    note = f": failed, see {job.folder}.log"
                 else:
-                    (job.folder / "finished").touch()
-                note = f": failed, see {job.folder}.log" if process.returncode else ""
+                    (job.folder / "finished").write_text(json.dumps(job.argv))
+                    failures[place] = 0
+                if failures[place] < 2:
+                    free.append(place)
+                else:
+                    note += f"; two in a row on GPU {gpus[place]!r}, which gets no more"
                 print(f"[{ended:>3}/{count}] {job.folder} {time.time() - began:.0f} s{note}",
                       flush=True)
             time.sleep(0.2)
     except KeyboardInterrupt:                            # the runs have received it too
+        sys.exit("interrupted; the same command goes on")
+    finally:
         for process in running:
             process.wait()
-        sys.exit("interrupted; the same command goes on")
-    if failed:
+    if failed or waiting:
         sys.exit("error: some runs failed; mend the cause and give the same command: "
                  "the others are kept")
 
@@ -294,8 +331,9 @@ def start(job, gpu):
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{job.folder}: another process is running it", flush=True)
             return None
+        except OSError:
+            pass                                         # a disk that knows no locks
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
@@ -365,16 +403,31 @@ def draws(count):
     return np.vstack([np.ones(count), drawn])
 
 
+# The 97.5 % quantiles of Student's t for 2, 3, ... seeds.
+T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+
+
 def over_seeds(values):
-    """The mean over seeds (1 + RESAMPLES,), seeds drawn anew in each resample, of such arrays."""
+    """
+    The mean over seeds, (1 + RESAMPLES,), of a list of such arrays or numbers, one for each seed.
+    Seeds are drawn anew too. A few of them vary too little when they are drawn from themselves, so
+    what the draw of seeds adds is widened: then it is the interval of Student's t. One seed says
+    nothing about others, and its interval is that of the problems alone.
+    """
+    n = len(values)
     numbers = [np.broadcast_to(np.asarray(value, float), 1 + RESAMPLES) for value in values]
-    return (draws(len(values)) * np.stack(numbers, 1)).mean(1)
+    numbers = np.stack(numbers, 1)
+    mean = numbers.mean(1)
+    if n == 1:
+        return mean
+    wider = T[min(n - 2, len(T) - 1)] / 1.96 * np.sqrt(n / (n - 1))
+    return mean + wider * ((draws(n) * numbers).mean(1) - mean)
 
 
 def measured(path):
     """
-    Of the samples_*.jsonl of an evaluation {its key: (2, problems)}: sums over a problem's
-    responses, and what they are divided by.
+    The samples_*.jsonl of an evaluation, by problem: {key of the evaluation: (2, problems)}. The
+    first row has sums over a problem's responses, the second what they are divided by.
     """
     sums = {}
     for record in map(json.loads, Path(path).read_text(encoding="utf-8").splitlines()):
@@ -559,8 +612,8 @@ MARGIN = 0.05
 
 def verdict(text, difference):
     """
-    holds, fails, or open where the 95 % interval of left - right does not decide: (verdict,
-    interval). difference: that of the sample, and those of the resamples.
+    Whether a claim holds or fails, or is open because the 95 % interval of left - right does not
+    decide it; and that interval. difference: left - right of the sample, then of each resample.
     """
     low, high = np.percentile(difference[1:], [2.5, 97.5])
     if "about" in text:
@@ -577,19 +630,19 @@ def report(world, results, seeds, rl):
     Lines of a markdown table: for each claim and stop convention left side and right side (means
     over seeds), the verdict, and the interval of their difference that it rests on.
     """
-    cells = {}                                           # {(claim, text): {stop: cell}}
+    texts = {}                                           # {(claim, text): {stop: cell}}
     for stop in world.stops:
         of_seeds = [claims(world, results[seed], stop, rl) for seed in seeds]
         for rows in zip(*of_seeds):
             number, text = rows[0][:2]
             left, right = (over_seeds([row[side] for row in rows]) for side in (2, 3))
             decided, low, high = verdict(text, left - right)
-            cells.setdefault((number, text), {})[stop] = (
+            texts.setdefault((number, text), {})[stop] = (
                 f"{left[0]:.3g}, {right[0]:.3g}: {decided} ({low:+.2g} .. {high:+.2g})")
 
     headings = " | ".join(f"stop = {stop}" for stop in world.stops)
     lines = [f"| claim | left, right side | {headings} |", "|---" * (2 + len(world.stops)) + "|"]
-    for (number, text), row in cells.items():
+    for (number, text), row in texts.items():
         of_stops = " | ".join(row.get(stop, "-") for stop in world.stops)
         lines.append(f"| {number} | {text} | {of_stops} |")
     return lines
@@ -597,14 +650,14 @@ def report(world, results, seeds, rl):
 
 def beside_the_toy(lines, path="docs/claims.md"):
     """The toy world's table of claims with the last column of this one's added."""
-    cells = {}
+    verdicts = {}
     for line in lines:
-        *row, verdict = line.strip("| ").split(" | ")
-        cells[tuple(row[:2])] = verdict
+        *row, found = line.strip("| ").split(" | ")
+        verdicts[tuple(row[:2])] = found
     joined = []
     for number, line in enumerate(Path(path).read_text().strip().split("\n")):
         key = tuple(line.strip("| ").split(" | ")[:2])
-        ours = cells.get(key, "-") if number else "a real language model"
+        ours = verdicts.get(key, "-") if number else "a real language model"
         joined.append(line + ("---|" if number == 1 else f" {ours} |"))
     return joined
 
@@ -665,8 +718,8 @@ def paper_table(world, seeds, rl):
     distilled = ours(f"curriculum_{stop}")
     lines.append(f"| curriculum to {world.long} | {distilled} | {theirs} | - | - |")
     for name in ("student", "teacher"):
-        report = json.loads((world.out / f"eval_{name}" / "results.json").read_text())
-        numbers = shown(report["results"].values())
+        evaluated = json.loads((world.out / f"eval_{name}" / "results.json").read_text())
+        numbers = shown(evaluated["results"].values())
         lines.append(f"| the {name} as it comes | {numbers} | - | - | - |")
     return [*lines, "", f"The paper's: Qwen3-{size} teaches Qwen3-0.6B-Base, horizons 128 and "
                         f"4096, means of GSM8K, MATH, AMC23 and AIME24."]
@@ -677,8 +730,8 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--rl", action="store_true", help="GRPO from the eight end points as well")
-    parser.add_argument("--jobs", type=int, default=cores(),
-                        help="runs at a time, on one thread each, without --gpus")
+    parser.add_argument("--jobs", type=int, help="without --gpus: runs at a time, on one thread "
+                                                 "each; default as many as there are cores")
     parser.add_argument("--gpus", help="a run at a time on each of these, as 0,1,2,3")
     parser.add_argument("--world", choices=["toy", "smollm"], default="toy")
     parser.add_argument("--base", help="in place of a world: a config of on-policy distillation, "
@@ -690,6 +743,8 @@ def main(argv=None):
     parser.add_argument("--benchmarks", default="gsm8k,math,amc23,aime24",
                         help="of eval_math.py, with --base; the default is the paper's")
     args = parser.parse_args(argv)
+    if args.base and not args.gpus and not args.jobs:
+        parser.error("--base: name the GPUs with --gpus, or threads of the CPU with --jobs")
     if args.base:
         evaluate = [args.eval, f"--benchmarks={args.benchmarks}"]
         world = grid(args.base, args.sample, args.grpo, evaluate, args.short)
@@ -697,7 +752,7 @@ def main(argv=None):
         world = small_world(args.world)
 
     check_inputs(world)
-    gpus = args.gpus.split(",") if args.gpus else [""] * args.jobs
+    gpus = args.gpus.split(",") if args.gpus else [""] * (args.jobs or cores())
     execute(jobs_of(world, args.seeds, args.rl), gpus)
 
     results = {}
@@ -709,15 +764,15 @@ def main(argv=None):
     resampled = {
         seed: {name: with_resamples(world.out / str(seed) / name, run)
                for name, run in results[seed].items()} for seed in args.seeds}
-    lines = report(world, resampled, args.seeds, args.rl)
-    if args.world != "toy" and not args.base:
-        lines = beside_the_toy(lines)
-    written = {"table.md": table(results, args.seeds), "claims.md": lines}
+    written = {"table.md": table(results, args.seeds),
+               "claims.md": report(world, resampled, args.seeds, args.rl)}
     if args.base:
         written["paper.md"] = paper_table(world, args.seeds, args.rl)
+    elif args.world != "toy":
+        written["claims.md"] = beside_the_toy(written["claims.md"])
     for name, lines in written.items():
         (world.out / name).write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))                              # the last of them
+    print("\n".join(written["paper.md" if args.base else "claims.md"]))
     print(f"\nin {world.out}: {', '.join(written)}, cells.png, mixing.png, curriculum.png, "
           f"tflops.png" + (", grpo.png" if args.rl else ""))
 

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import plot
 from data.problems import (
     adopt_template,
     load_problems,
@@ -254,8 +255,6 @@ def main(argv):
     if len(records) < wanted:
         raise UserError(f"{wanted - len(records)} of {wanted} responses are not in {out_dir}: do "
                         "all machines write there? The same command samples what is missing")
-    import plot  # one rank, at the end, needs matplotlib
-
     results = {}
     for name, (problems, _) in benchmarks.items():
         rows = [record for record in records if record["benchmark"] == name]

@@ -125,7 +125,7 @@ def exchange_stops(model, own, theirs, prompt):
     for weight in weights:
         for a, b in pairs:
             weight.data[[a, b]] = weight.data[[b, a]]
-    print0(f"exchanged the rows of stop ids {pairs}, in {len(weights)} matrix")
+    print0(f"exchanged the rows of stop ids {pairs}; matrices: {len(weights)}")
 
 
 def stop_ids(generation_config, tokenizer):

@@ -1,8 +1,8 @@
 """
-Where may a response end? What causes the collapse, by an intervention.
+Where may a response end, and is that what makes responses long and sure? An intervention.
 
-    python stops.py --seeds 42 43 44         # make stops: 108 runs on the toy world, about an hour
-    python stops.py --world smollm --seeds 42 43 44     # a real language model, after make real
+    python stops.py --seeds 42 43 44         # make stops: 108 runs on the toy world, hours
+    python stops.py --world smollm --seeds 42 43 44     # make real-stops: a real language model
 
 Student and teacher end a response with different ids. Six conditions, in which all else is equal:
 
@@ -14,10 +14,10 @@ Student and teacher end a response with different ids. Six conditions, in which 
     *_mask           each of these with terminal = "mask": the stop id that ends a response is not
                      in the loss
 
-docs/stops.md says what this shows and what it does not. Runs are folders as those of cells.py, in
-the same place, and shared with it: what is finished is not run again. The figure stops.png, the
-table stops_table.md and the paired differences stops_differences.md come there too. Intervals are
-95 %, by a bootstrap over seeds and problems.
+docs/stops.md says what this shows and what it does not. Those runs of the toy world that cells.py
+has too are in its folders: what is finished is not run again. The figure stops.png, the table
+stops_table.md and the paired differences stops_differences.md come there too. Intervals are 95 %,
+by a bootstrap over problems and seeds.
 """
 
 import argparse
@@ -38,7 +38,7 @@ CONDITIONS = {
 }
 CONDITIONS |= {f"{name}_mask": [*argv, "--terminal=mask"] for name, argv in CONDITIONS.items()}
 
-COLUMNS = {                     # key: (heading, digits)
+COLUMNS = {                     # of the tables, {key of an evaluation: (heading, digits)}
     "avg_at_k": ("Avg@k", 3),
     "length": ("length", 1),
     "truncated": ("cut", 2),
@@ -46,9 +46,7 @@ COLUMNS = {                     # key: (heading, digits)
     "entropy_before_box": ("before box", 3),
     "entropy_after_box": ("after box", 3),
 }
-
-
-TITLES = {                      # of the figure's panels
+PANELS = {                      # of the figure, {key: title}
     "length": "response length (tokens)",
     "entropy_before_box": "entropy up to the first box",
     "entropy_after_box": "entropy after the first box",
@@ -58,40 +56,56 @@ TITLES = {                      # of the figure's panels
 
 def toy_runs(world):
     """{(run, condition): (folder's name, arguments of train_distill.py)}."""
-    kinds = {}
-    for horizon in (world.long, world.short):
-        for kl, lam in (("reverse KL", 1), ("lam = 0.2", 0.2), ("forward KL", 0)):
-            if lam in (0, 1) or horizon == world.long:
-                kinds[f"{kl}, horizon {horizon}"] = (
-                    f"student_{lam}_{horizon}",
-                    [*world.cells, f"--reverse_weight={lam}", f"--max_new_tokens={horizon}"])
-    kinds["curriculum"] = "curriculum", world.curriculum
-    return {
-        (kind, condition): (f"{name}_{condition}", [*argv, *options])
-        for kind, (name, argv) in kinds.items() for condition, options in CONDITIONS.items()}
+    kinds = {
+        f"{kl}, horizon {horizon}": ("student", lam, horizon)
+        for kl, lam, horizon in (
+            ("reverse KL", 1, world.long), ("lam = 0.2", 0.2, world.long),
+            ("forward KL", 0, world.long), ("reverse KL", 1, world.short),
+            ("forward KL", 0, world.short))}
+    shared = cells.distillation_runs(world)
+    runs = {}
+    for condition, options in CONDITIONS.items():
+        for kind, (prefix, lam, horizon) in kinds.items():
+            name = cells.name_of(prefix, lam, horizon, condition)
+            argv = [*world.distil, f"--reverse_weight={lam}", f"--max_new_tokens={horizon}"]
+            runs[kind, condition] = name, shared.get(name, [*argv, *options])
+        name = f"curriculum_{condition}"
+        runs["curriculum", condition] = name, shared.get(name, [*world.curriculum, *options])
+    return runs
 
 
-def real_runs():
+def real_world():
+    """The real model's models and config; its runs are those of `real_runs`."""
+    world = cells.small_world("smollm")
+    world.out = Path("out/stops_smollm")
+    world.distil = ["configs/smollm_stops.py"]
+    world.curriculum = world.sample = world.grpo = []
+    return world
+
+
+SAME, PRUNED = "data/smollm/other_end", "data/smollm/pruned_other_end"
+
+
+def real_runs(world):
     """
-    As `toy_runs`. The student is its teacher but for the id that ends a response, or that without
-    six layers.
+    As `toy_runs`. The student is its own teacher but for the id that ends a response (SAME); or it
+    also lacks six of the teacher's layers (PRUNED).
     """
-    same, pruned = "data/smollm/other_end", "data/smollm/pruned_other_end"
+    reverse, forward = "--reverse_weight=1", "--reverse_weight=0"
     cases = [
-        ("reverse KL", "student", same, ["--reverse_weight=1"]),
-        ("reverse KL", "union", same, ["--reverse_weight=1"]),
-        ("reverse KL", "exchanged", same, ["--reverse_weight=1"]),
-        ("forward KL", "student", same, ["--reverse_weight=0"]),
-        ("teacher prefixes, reverse KL", "student", same,
-         ["--reverse_weight=1", "--prefix=teacher"]),
-        ("pruned, reverse KL", "student", pruned, ["--reverse_weight=1"]),
-        ("pruned, reverse KL", "exchanged", pruned, ["--reverse_weight=1"]),
+        ("reverse KL", "student", SAME, [reverse]),
+        ("reverse KL", "union", SAME, [reverse]),
+        ("reverse KL", "exchanged", SAME, [reverse]),
+        ("forward KL", "student", SAME, [forward]),
+        ("teacher prefixes, reverse KL", "student", SAME, [reverse, "--prefix=teacher"]),
+        ("pruned, reverse KL", "student", PRUNED, [reverse]),
+        ("pruned, reverse KL", "exchanged", PRUNED, [reverse]),
     ]
     runs = {}
     for kind, condition, student, argv in cases:
-        name = f"stops_{kind.replace(', ', '_').replace(' ', '_')}_{condition}"
-        runs[kind, condition] = name, [
-            "configs/smollm_stops.py", f"--student={student}", *argv, *CONDITIONS[condition]]
+        name = f"{kind} {condition}".replace(",", "").replace(" ", "_")
+        options = [f"--student={student}", *argv, *CONDITIONS[condition]]
+        runs[kind, condition] = name, [*world.distil, *options]
     return runs
 
 
@@ -101,16 +115,18 @@ def last_evaluation(folder):
     return cells.measured(max(Path(folder).glob("samples_student_*.jsonl")))
 
 
-def resampled(arrays):
+def resampled(seeds, key):
     """
-    Ratios (1 + resamples,) of sums over seeds and problems, both drawn anew each time; the first
-    is that of the sample itself. arrays: (2, problems) for each seed, as `cells.measured` has them.
+    The mean over seeds of a number of an evaluation, (1 + resamples,): that of the sample, then
+    those of resamples. seeds: what `cells.measured` returns, one for each seed.
     """
-    problems = cells.draws(arrays[0].shape[1])
-    top, bottom = (
-        cells.over_seeds([problems @ of_seed[part] for of_seed in arrays]) for part in (0, 1))
-    with np.errstate(invalid="ignore"):                     # 0 / 0 where no response has a box
-        return top / bottom
+    ratios = []
+    for arrays in seeds:
+        top, bottom = arrays[key]
+        counts = cells.draws(len(top))
+        with np.errstate(invalid="ignore"):                 # 0 / 0 where no response has a box
+            ratios.append((counts @ top) / (counts @ bottom))
+    return cells.over_seeds(ratios)
 
 
 def with_interval(ratios, digits, sign=""):
@@ -126,87 +142,84 @@ def table(results):
     headings = " | ".join(heading for heading, _ in COLUMNS.values())
     lines = [f"| run | condition | {headings} |", "|---" * (2 + len(COLUMNS)) + "|"]
     for (kind, condition), seeds in results.items():
-        row = [with_interval(resampled([arrays[key] for arrays in seeds]), digits)
+        row = [with_interval(resampled(seeds, key), digits)
                for key, (_, digits) in COLUMNS.items()]
         lines.append(f"| {kind} | `{condition}` | {' | '.join(row)} |")
     return lines
 
 
 def differences(results):
-    """Markdown lines: what a condition changes in a run, each against the strictest, paired."""
+    """Markdown lines: each condition minus the strictest, paired by problems and seeds."""
     headings = " | ".join(heading for heading, _ in COLUMNS.values())
-    lines = [f"| run | less `student` | {headings} |", "|---" * (2 + len(COLUMNS)) + "|"]
+    lines = [f"| run | condition minus `student` | {headings} |",
+             "|---" * (2 + len(COLUMNS)) + "|"]
     for (kind, condition), seeds in results.items():
         strictest = results.get((kind, "student"))
         if condition == "student" or not strictest:
             continue
-        row = []
-        for key, (_, digits) in COLUMNS.items():
-            one, other = (resampled([arrays[key] for arrays in x]) for x in (seeds, strictest))
-            row.append(with_interval(one - other, digits, "+"))
+        row = [with_interval(resampled(seeds, key) - resampled(strictest, key), digits, "+")
+               for key, (_, digits) in COLUMNS.items()]
         lines.append(f"| {kind} | `{condition}` | {' | '.join(row)} |")
     return lines
 
 
 def draw(results, out):
-    """A point for each condition and run, a panel for each column, with intervals over seeds."""
+    """A point with its interval for each condition and run, in a panel for each number."""
     kinds = list(dict.fromkeys(kind for kind, _ in results))
     conditions = [name for name in CONDITIONS if any(name == c for _, c in results)]
-    names = ["length", "entropy_before_box", "entropy_after_box", "avg_at_k"]
-    names = [name for name in names if any(
-        seeds[0][name][1].sum() for seeds in results.values())]
+    keys = [key for key in PANELS if any(seeds[0][key][1].sum() for seeds in results.values())]
     figure, axes = plt.subplots(
-        1, len(names), figsize=(3.6 * len(names), 4.2), layout="constrained", sharey=True)
-    for axis, name in zip(axes, names):
-        for k, kind in enumerate(kinds):
-            for c, condition in enumerate(conditions):
-                if (kind, condition) not in results:
-                    continue
-                ratios = resampled([arrays[name] for arrays in results[kind, condition]])
-                low, high = np.nanpercentile(ratios[1:], [2.5, 97.5])
-                y = -c - (k - (len(kinds) - 1) / 2) * 0.8 / len(kinds)
-                axis.plot([low, high], [y, y], color=f"C{k}", lw=1.5)
-                axis.plot(ratios[0], y, "o", ms=4, color=f"C{k}",
-                          label=kind if c == 0 or kind not in axis.get_legend_handles_labels()[1]
-                          else None)
-        axis.set_title(TITLES[name], fontsize=10)
-        axis.set_xlim(left=0)
-        axis.grid(axis="x", alpha=0.3)
+        1, len(keys), figsize=(3.6 * len(keys), 1.2 + 0.65 * len(conditions)),
+        layout="constrained", sharey=True)
+    for axis, key in zip(axes, keys):
+        for (kind, condition), seeds in results.items():
+            ratios = resampled(seeds, key)
+            low, high = np.nanpercentile(ratios[1:], [2.5, 97.5])
+            k = kinds.index(kind)
+            y = -conditions.index(condition) - (k - (len(kinds) - 1) / 2) * 0.8 / len(kinds)
+            axis.plot([low, high], [y, y], color=f"C{k}", lw=1.5)
+            axis.plot(ratios[0], y, "o", ms=4, color=f"C{k}", label=kind)
         for c in range(1, len(conditions)):
             axis.axhline(0.5 - c, color="0.8", lw=0.8)
+        axis.set_title(PANELS[key], fontsize=10)
+        axis.set_xlim(left=0)
+        axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks([-c for c in range(len(conditions))], conditions)
     handles, labels = axes[0].get_legend_handles_labels()
-    unique = dict(zip(labels, handles))
-    figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=3,
+    once = dict(zip(labels, handles))
+    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=3,
                   frameon=False, fontsize=9)
     figure.savefig(out, dpi=120)
     plt.close(figure)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--jobs", type=int, default=cells.cores(), help="runs at a time")
     parser.add_argument("--world", choices=["toy", "smollm"], default="toy")
-    args = parser.parse_args()
-    world = cells.small_world(args.world)
-    out = world.out
-    cells.check_inputs(world)
-    runs = toy_runs(world) if args.world == "toy" else real_runs()
+    args = parser.parse_args(argv)
+    if args.world == "toy":
+        world = cells.small_world("toy")
+        runs, models = toy_runs(world), []
+    else:
+        world = real_world()
+        runs, models = real_runs(world), [PRUNED]
+    cells.check_inputs(world, models)
     cells.execute([
-        cells.Job("train_distill.py", out / str(seed) / name, [*argv, f"--seed={seed}"])
+        cells.Job("train_distill.py", world.out / str(seed) / name, [*argv, f"--seed={seed}"])
         for seed in args.seeds for name, argv in runs.values()], [""] * args.jobs)
     results = {
-        key: [last_evaluation(out / str(seed) / name) for seed in args.seeds]
+        key: [last_evaluation(world.out / str(seed) / name) for seed in args.seeds]
         for key, (name, _) in runs.items()}
-    draw(results, out / "stops.png")
+    draw(results, world.out / "stops.png")
     for name, make in (("stops_table", table), ("stops_differences", differences)):
         text = "\n".join(make(results)) + "\n"
-        (out / f"{name}.md").write_text(text)
+        (world.out / f"{name}.md").write_text(text)
         print(text)
-    print(f"in {out}: stops.png, stops_table.md, stops_differences.md")
+    print(f"in {world.out}: stops.png, stops_table.md, stops_differences.md")
 
 
 if __name__ == "__main__":

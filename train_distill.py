@@ -423,14 +423,14 @@ def load_models(cfg, trajectories, device):
     own_ids = stop_ids(student.generation_config, tokenizer)
     teacher_ids = stop_ids(theirs, template) if theirs else []
     disk_ids = trajectories.settings["stop_ids"] if trajectories else []
-    if cfg.exchange_stops:  # a resumed run loads weights that were exchanged at its beginning
-        exchange_stops(student, own_ids, teacher_ids, encode_prompt(template, "?"))
-        own_ids = teacher_ids
     either = sorted({*own_ids, *teacher_ids, *disk_ids})
-    stops = {
-        "own": own_ids,
-        "student": either if cfg.stop == "union" else own_ids,
-        "teacher": either}
+    student_ids = either if cfg.stop == "union" else own_ids
+    if cfg.exchange_stops:
+        # Also when resumed: its checkpoint, which is loaded later, may have an LM head of its own.
+        exchange_stops(student, own_ids, teacher_ids, encode_prompt(template, "?"))
+        student_ids = student.config.eos_token_id = teacher_ids
+        tokenizer.eos_token = template.eos_token
+    stops = {"own": own_ids, "student": student_ids, "teacher": either}
     for model in models if cfg.fsdp else ():
         shard(model, dtype)
     # Whoever loads a checkpoint stops there too.

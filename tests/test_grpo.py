@@ -234,6 +234,19 @@ def test_ungraded_responses_leave_the_group(rl, monkeypatch, capsys):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+def test_the_ratio_is_one_at_first(rl, monkeypatch):
+    """To the bit at the first update of each step, and only there."""
+    plain, equal = rl_grpo.micro_loss, []
+
+    def look(cfg, micro, logps):
+        equal.append(torch.equal(logps, micro.old_logps))
+        return plain(cfg, micro, logps)
+
+    monkeypatch.setattr(rl_grpo, "micro_loss", look)
+    rl("--max_steps=2", "--updates_per_batch=2", "--max_tokens_per_microbatch=99999")
+    assert equal == [True, False] * 2
+
+
 def test_several_updates(rl):
     """The second update of a batch has ratios other than 1, and clips."""
     rows, _ = rl("--max_steps=3", "--updates_per_batch=4", "--learning_rate=1e-3",

@@ -1,7 +1,7 @@
 """Where a response ends: exchange_stops, terminal, stops.py. docs/stops.md says what for."""
 
-import dataclasses
 import json
+import textwrap
 from types import SimpleNamespace
 
 import numpy as np
@@ -109,6 +109,7 @@ def test_it_ends_as_the_teacher_does(train):
     tokenizer = load_tokenizer(out)
     model = load_model(out / "last", torch.float32)
     assert stop_ids(model.generation_config, tokenizer) == [THEIRS]
+    assert model.config.eos_token_id == [THEIRS] and tokenizer.eos_token_id == THEIRS
     prompts = [encode_prompt(tokenizer, text) for text in ("3+4+5?", "1+2+3+4?", "9+9+1?")]
     rollouts = HFEngine(model).generate(prompts, Sampling(200, (THEIRS,), 0), range(3))
     other = AutoModelForCausalLM.from_pretrained(out / "last")
@@ -142,6 +143,9 @@ def test_cached_hidden_states(train, tmp_path):
     sample.main(["configs/toy_sample.py", f"--out_dir={out}", "--num_prompts=16"])
     options = (f"--trajectories={out}", "--max_steps=2", "--max_new_tokens=96", "--stop=student")
     rows, run = train("configs/toy_sft.py", *options, "--exchange_stops")
+    _, union = train("configs/toy_sft.py", *options, "--exchange_stops", "--stop=union")
+    ends = load_model(union / "last", torch.float32).generation_config.eos_token_id
+    assert ends == [THEIRS]                             # shards say that either id ended a response
     plain, _ = train("configs/toy_sft.py", *options)
     assert load_model(run / "last", torch.float32).generation_config.eos_token_id == [THEIRS]
     assert steps_of(rows)[0]["loss"] < steps_of(plain)[0]["loss"]
@@ -202,39 +206,73 @@ def test_mask_on_disk(train, tmp_path):
 # ----------------------------------------------------------------------------------------- stops.py
 
 def test_its_runs_have_valid_configs():
-    runs = stops.toy_runs(cells.small_world("toy"))
+    """Each condition is what its name says, and what cells.py runs too is the same run there."""
+    toy = cells.small_world("toy")
+    runs = stops.toy_runs(toy)
     assert len(runs) == 36 and len({name for name, _ in runs.values()}) == 36
-    for name, argv in [*runs.values(), *stops.real_runs().values()]:
+    for (_, condition), (_, argv) in [*runs.items(), *stops.real_runs(stops.real_world()).items()]:
         cfg = load_config(train_distill.Config, argv)
         train_distill.validate(cfg, 1)
-        assert cfg.exchange_stops == ("exchanged" in name)
-        assert (cfg.terminal == "mask") == name.endswith("_mask")
-        assert cfg.stop == ("union" if "_union" in name else "student")
-    # Those of the strictest convention and of the usual one are those of cells.py.
-    shared = cells.distillation_runs(cells.small_world("toy"))
-    for name, argv in runs.values():
-        if name in shared:
-            ours, theirs = (load_config(train_distill.Config, a) for a in (argv, shared[name]))
-            assert dataclasses.replace(theirs, eval_teacher=False) == ours
-    assert len({name for name, _ in runs.values()} & set(shared)) == 12
+        assert cfg.exchange_stops == condition.startswith("exchanged")
+        assert (cfg.terminal == "mask") == condition.endswith("_mask")
+        assert cfg.stop == ("union" if condition.startswith("union") else "student")
+    shared = cells.distillation_runs(toy)
+    assert sum(shared.get(name) == argv for name, argv in runs.values()) == 12
+    assert not any(name in shared and shared[name] != argv for name, argv in runs.values())
 
 
-def planted(length, seeds=3, problems=8):
-    """Arrays as `cells.measured` makes them, each seed's lengths around `length`."""
-    ones = np.ones(problems)
+def planted(lengths, seeds=3):
+    """
+    What `cells.measured` returns for each seed: 4 responses to a problem, of these lengths, and one
+    token more for each seed.
+    """
+    ones, lengths = np.ones(len(lengths)), np.array(lengths, float)
     return [{
-        key: np.stack([ones * 4 * (length + seed if key == "length" else 0.5), ones * 4])
+        key: np.stack([4 * (lengths + seed if key == "length" else 0.5 * ones), 4 * ones])
         for key in stops.COLUMNS} for seed in range(seeds)]
 
 
 def test_tables_and_figure(tmp_path):
-    """Values, intervals over seeds, paired differences; a picture with a point for each run."""
-    results = {("reverse KL", "union"): planted(80), ("reverse KL", "student"): planted(250),
-               ("forward KL", "student"): planted(240)}
+    """Values, intervals over problems and seeds, and differences, which are paired."""
+    results = {("reverse KL", "union"): planted([60, 80, 100]),
+               ("reverse KL", "student"): planted([230, 250, 270]),
+               ("forward KL", "student"): planted([240, 240, 240], seeds=1)}
     lines = stops.table(results)
-    assert lines[2].startswith("| reverse KL | `union` | 0.500 (0.500 .. 0.500) | 81.0 (80.")
-    cells_of_row = stops.differences(results)[2].split(" | ")
+    assert lines[2].startswith("| reverse KL | `union` | 0.500 (0.500 .. 0.500) | 81.0 (")
+    low, high = (float(x) for x in lines[2].split(" | ")[3][6:-1].split(" .. "))
+    assert 56 < low < 68 and 94 < high < 106                # of three problems and seeds
+    assert lines[4].split(" | ")[3] == "240.0 (240.0 .. 240.0)"
+    row = stops.differences(results)[2].split(" | ")
     assert len(stops.differences(results)) == 3             # forward KL has nothing beside it
-    assert cells_of_row[3] == "-170.0 (-170.0 .. -170.0)"   # the seeds differ alike: it is paired
+    assert row[3] == "-170.0 (-170.0 .. -170.0)"            # for each problem and seed alike
     stops.draw(results, tmp_path / "stops.png")
     assert (tmp_path / "stops.png").stat().st_size > 5000
+
+
+def test_stops_from_runs_to_tables(tmp_path, monkeypatch, capsys):
+    """All of it, with a planted stage: 36 folders, then tables that say what the folders do."""
+    stage = tmp_path / "stage.py"
+    stage.write_text(textwrap.dedent("""
+        import json, sys
+        from pathlib import Path
+        out = Path(next(a for a in sys.argv if a.startswith("--out_dir=")).split("=")[1])
+        out.mkdir(parents=True)
+        length = 250 if out.name.endswith("_student") else 80
+        rows = [{"index": i, "correct": True, "length": length + i, "entropy_sum": 1.0,
+                 "stop": "length", "tokens_after_box": None, "entropy_after_box_sum": 0.0}
+                for i in range(4)]
+        for step in (0, 200):
+            (out / f"samples_student_{step:06d}.jsonl").write_text(
+                "".join(json.dumps(row) + "\\n" for row in rows if step or row["index"] < 2))
+    """))
+    start, world = cells.start, cells.small_world("toy")
+    world.out = tmp_path / "out"
+    monkeypatch.setattr(cells, "small_world", lambda name: world)
+    monkeypatch.setattr(cells, "start", lambda job, gpu: start(job._replace(script=stage), gpu))
+    stops.main(["--jobs", "8"])
+    printed = capsys.readouterr().out
+    table = (world.out / "stops_table.md").read_text()
+    assert "| reverse KL, horizon 160 | `student` | 1.000 (1.000 .. 1.000) | 251.5 (" in table
+    assert "| curriculum | `exchanged_mask` | 1.000 (1.000 .. 1.000) | 81.5 (" in table
+    assert table in printed and (world.out / "stops.png").is_file()
+    assert len(list((world.out / "42").glob("*/finished"))) == 36
