@@ -22,12 +22,18 @@ Memory of one GPU; `size` is 2 bytes in bf16 and 4 in fp32, n the number of the 
 fsdp divides the models by the number of GPUs and gathers embedding, head, a layer and the next one.
 CUDA, NCCL and the graphs of vLLM take some GB more.
 
+With --lengths=out/a_run, a folder whose evaluations say how long responses are, it also simulates
+steps per hour on 1, 8 and 64 GPUs, for the config's rows a step, 256 and 1,024: see `step_seconds`.
+
 FLOPs of a step on all GPUs together, F being one forward (`models.forward_flops`): F of the writer
 for the responses, F of teacher or reference, 3 F of the student for each update (4 F with gradient
 checkpointing), 2 V H_t a response token for the LM head of a teacher with cached states.
 """
 
 import dataclasses
+import heapq
+import math
+import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +45,7 @@ import train_distill
 from kernels.linear_kl import CHUNK_BYTES
 from models import forward_flops
 from trajectories import Trajectories
-from utils import UserError, first_line, load_config, model_folder, run
+from utils import UserError, first_line, load_config, model_folder, read_lines, run
 
 PROMPT = 92                          # tokens of a prompt: the mean in the paper (appendix H.1)
 
@@ -49,6 +55,7 @@ class Config(train_distill.Config, rl_grpo.Config):
     group_size: int | None = None    # None: a config of train_distill.py
     gpus: int = 1                    # `--gpus 8` is read too
     gpu: bool = True                 # False: there is none, so transformers writes
+    lengths: str | None = None       # the folder of a run: simulate steps per hour
 
 
 class Models(NamedTuple):
@@ -191,6 +198,85 @@ def flops(cfg, models):
     return parts | {"a step": sum(parts.values())}
 
 
+# What a simulated step assumes of an H100 and its neighbours. None of these was measured here.
+FLOP_RATE = 400e12                   # of the update: 40 % of the peak in bf16
+MEMORY_RATE = 2.5e12                 # bytes a second
+TOKEN_SECONDS = 3.5e-3               # least time of one token of all rows: launches, sampling
+ROWS_AT_ONCE = 256                   # as vLLM here
+LINK_RATE = 300e9, 40e9              # bytes a second of a gradient: within 8 GPUs, and beyond
+
+
+def response_shares(folder):
+    """Lengths of the responses of a run's last evaluation, as shares of the longest allowed."""
+    files = sorted(Path(folder).glob("samples_student_*.jsonl"))
+    if not files:
+        raise UserError(f"lengths={folder!r}: no samples_student_*.jsonl there; give the folder of "
+                        f"a run with evaluations")
+    records = read_lines(files[-1])
+    longest = max(record["length"] for record in records)
+    return [record["length"] / longest for record in records]
+
+
+def decoding_seconds(config, size, lengths):
+    """
+    One GPU writes responses of these lengths, ROWS_AT_ONCE together; a row that ends makes room for
+    the next. A token of all rows takes TOKEN_SECONDS, or the time to read the weights once and each
+    row's keys and values, if that is longer.
+    """
+    weights = size * parameter_count(config)
+    keys = 2 * size * config.num_hidden_layers * attention_sizes(config)[1]     # bytes of a token
+    waiting, running, seconds, now = sorted(lengths), [], 0.0, 0
+    while waiting or running:
+        while waiting and len(running) < ROWS_AT_ONCE:          # the longest first
+            heapq.heappush(running, (now + waiting.pop(), now))     # (ends, began), in tokens
+        ends = running[0][0]
+        tokens = ends - now
+        read = sum((now + ends) / 2 - began + PROMPT for _, began in running)
+        seconds += tokens * max(TOKEN_SECONDS, (weights + keys * read) / MEMORY_RATE)
+        now = ends
+        while running and running[0][0] == now:
+            heapq.heappop(running)
+    return seconds
+
+
+def step_seconds(cfg, models, lengths, gpus):
+    """
+    (seconds of rollouts, of the update, of summing gradients) of a step with responses of these
+    lengths, dealt to the GPUs in turn. The slowest GPU is waited for twice: after the rollouts and
+    after the update.
+    """
+    size = getattr(torch, cfg.dtype).itemsize
+    student = without_weights(models.student)
+    frozen = models.frozen and without_weights(models.frozen)
+    rollouts, updates = [], []
+    for rank in range(min(gpus, len(lengths))):
+        own = lengths[rank::gpus]
+        rollouts.append(decoding_seconds(models.writer, size, own))
+        sequences = [PROMPT + length for length in own]
+        count = 3 * forward_flops(student, sequences)
+        count += forward_flops(frozen, sequences) if frozen else 0
+        updates.append(count / FLOP_RATE)
+    gradients = 8 * parameter_count(models.student) * (gpus - 1) / gpus / LINK_RATE[gpus > 8]
+    return max(rollouts), max(updates), gradients
+
+
+def scaling_table(cfg, models, shares, seed=42):
+    """Lines: rows a step, GPUs, steps an hour, times one GPU's, and what a step's time goes to."""
+    horizon = max(cfg.horizons or [cfg.max_new_tokens])
+    usual = cfg.prompts_per_step * cfg.group_size if cfg.group_size else cfg.batch_size
+    lines = [f"{'rows':>6}{'GPUs':>6}{'steps/hour':>12}{'x one GPU':>11}{'rollouts':>10}"
+             f"{'update':>9}{'sum':>7}  s"]
+    for rows in (usual, 256, 1024):
+        drawn = random.Random(seed).choices(shares, k=rows)
+        lengths = [math.ceil(share * horizon) for share in drawn]
+        of_gpus = {gpus: step_seconds(cfg, models, lengths, gpus) for gpus in (1, 8, 64)}
+        for gpus, parts in of_gpus.items():
+            lines.append(f"{rows:>6}{gpus:>6}{3600 / sum(parts):>12.0f}"
+                         f"{sum(of_gpus[1]) / sum(parts):>11.1f}"
+                         f"{parts[0]:>10.1f}{parts[1]:>9.1f}{parts[2]:>7.2f}")
+    return lines
+
+
 def main(argv):
     if "--gpus" in argv:             # as torchrun has it; load_config wants --gpus=8
         i = argv.index("--gpus")
@@ -204,6 +290,9 @@ def main(argv):
     print("FLOPs of a step, were every response as long as allowed, 10^12")
     for part, count in flops(cfg, models).items():
         print(f"  {part:<50}{count / 1e12:10.3f}")
+    if cfg.lengths:
+        print("simulated, with the assumptions of estimate.py")
+        print("\n".join(scaling_table(cfg, models, response_shares(cfg.lengths))))
 
 
 if __name__ == "__main__":

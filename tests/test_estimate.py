@@ -11,7 +11,7 @@ import estimate
 from estimate import Config, Models, flops, memory, parameter_count, read_models
 from kernels.linear_kl import CHUNK_BYTES
 from models import response_hidden
-from utils import UserError, load_config
+from utils import UserError, load_config, write_lines
 
 STUDENT = "student: fp32 weights, gradients, Adam"
 COPY = "student: bf16 copy that writes"
@@ -171,6 +171,49 @@ def test_flops_of_grpo_and_checkpointing():
     assert counts == pytest.approx([8.57, 8.57, 6 * 8.57, 8 * 8.57], rel=0.001)
     cfg.gradient_checkpointing = True
     assert flops(cfg, models)["a step"] / 1e12 == pytest.approx(10 * 8.57, rel=0.001)
+
+
+# ----------------------------------------------------------------------------------------- scaling
+
+def test_decoding_by_hand():
+    """
+    Rows of one length take its tokens; 300 rows two rounds of them, for 256 are together; a row
+    that ends early makes room; many long rows wait for their keys and values.
+    """
+    token = estimate.TOKEN_SECONDS
+    assert estimate.decoding_seconds(SMALL, 2, [100] * 32) == pytest.approx(100 * token)
+    assert estimate.decoding_seconds(SMALL, 2, [100] * 300) == pytest.approx(200 * token)
+    assert estimate.decoding_seconds(SMALL, 2, [100] * 256 + [40] * 2) == pytest.approx(140 * token)
+    assert estimate.decoding_seconds(SMALL, 2, [100] * 255 + [60, 40]) == pytest.approx(100 * token)
+    # 28 layers x 8 heads x 128 x 2 x 2 bytes a token, of 2,140 tokens on average: PROMPT + 2048.
+    bytes_of_a_token = 114_688 * 256 * (92 + 2048) + 2 * N_SMALL
+    assert estimate.decoding_seconds(SMALL, 2, [4096] * 256) == pytest.approx(
+        4096 * bytes_of_a_token / estimate.MEMORY_RATE)
+
+
+def test_a_simulated_step(tmp_path, capsys):
+    """The slowest GPU's rollouts and update, and the gradients; printed for 1, 8 and 64 GPUs."""
+    cfg = Config(max_new_tokens=100)
+    models = Models(SMALL, SMALL, MIDDLE, "teacher")
+    rollouts, update, gradients = estimate.step_seconds(cfg, models, [100, 20, 60, 20], 2)
+    assert rollouts == pytest.approx(100 * estimate.TOKEN_SECONDS)
+    whole = [flops(Config(max_new_tokens=n, batch_size=1), models)["teacher"]
+             + flops(Config(max_new_tokens=n, batch_size=1), models)[
+                 "student, forward and backward"] for n in (100, 60)]
+    assert update == pytest.approx(sum(whole) / estimate.FLOP_RATE)      # of rows 0 and 2
+    assert gradients == pytest.approx(8 * N_SMALL / 2 / 300e9)
+    assert estimate.step_seconds(cfg, models, [100], 1)[2] == 0
+
+    rows = [{"length": length} for length in (10, 20, 40)]
+    write_lines(tmp_path / "samples_student_000200.jsonl", rows, mode="w")
+    assert estimate.response_shares(tmp_path) == [0.25, 0.5, 1.0]
+    estimate.main(["configs/toy_opd.py", "--dtype=bfloat16", f"--lengths={tmp_path}"])
+    table = capsys.readouterr().out.split("estimate.py\n")[1].splitlines()
+    assert [line.split()[:2] for line in table[1:]] == [
+        [rows, gpus] for rows in ("64", "256", "1024") for gpus in ("1", "8", "64")]
+    assert all(line.split()[3] == "1.0" for line in table[1::3])
+    with pytest.raises(UserError, match="no samples_student_.*give the folder of a run"):
+        estimate.main(["configs/toy_opd.py", "--lengths=data"])
 
 
 # ------------------------------------------------------------------------------------ config files
