@@ -64,13 +64,15 @@ def toy_runs(world):
             ("forward KL", 0, world.short))}
     shared = cells.distillation_runs(world)
     runs = {}
+    once = f"--eval_every={world.base['max_steps']}"        # only the last evaluation is used
     for condition, options in CONDITIONS.items():
         for kind, (prefix, lam, horizon) in kinds.items():
             name = cells.name_of(prefix, lam, horizon, condition)
             argv = [*world.distil, f"--reverse_weight={lam}", f"--max_new_tokens={horizon}"]
-            runs[kind, condition] = name, shared.get(name, [*argv, *options])
+            runs[kind, condition] = name, shared.get(name, [*argv, *options, once])
         name = f"curriculum_{condition}"
-        runs["curriculum", condition] = name, shared.get(name, [*world.curriculum, *options])
+        argv = shared.get(name, [*world.curriculum, *options, once])
+        runs["curriculum", condition] = name, argv
     return runs
 
 

@@ -8,8 +8,8 @@ teacher = "data/smollm/base"
 out_dir = "out/smollm_pruned"
 
 batch_size = 16
-max_steps = 40
+max_steps = 72
 learning_rate = 5e-5
-eval_every = 20
+eval_every = 24
 eval_samples = 1
-save_every = 20
+save_every = 24
