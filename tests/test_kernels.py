@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.integrations import sdpa_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kernels import linear_logp
+from kernels import linear_logp, roofline
 from kernels.bench import linear_kl_reference
 from kernels.linear_kl import linear_kl
 
@@ -557,6 +558,29 @@ def test_compiled_kernels():
         assert row["wide_loads"] >= (8 if row["kernel"] == "_kl_kernel" else 2), row
         if row["arch"] == 90:
             assert 65536 // (row["registers"] * 32 * op.WARPS) >= 2, row
+
+
+def test_roofline():
+    """
+    The row kernel is bound by memory on an H100, by its compiled code: two loops with two
+    exponentials a word each; a loop and a branch are found by hand.
+    """
+    listing = ["  /*0010*/  MOV R1, c[0x0] ;", "  /*0020*/  LDG.E.128 R4, [R2] ;",
+               "  /*0030*/  @P1 MUFU.EX2 R5, R6 ;", "  /*0040*/  @!P0 BRA 0x20 ;",
+               "  /*0050*/  BRA 0x70 ;"]
+    assert roofline.loops(listing) == [{"LDG": 1, "MUFU": 1, "BRA": 1}]
+    code = ("from kernels import roofline\nlines, words = roofline.compiled()\n"
+            "loops = [x for x in roofline.loops(lines) if x['LDG']]\n"
+            "print([x['MUFU'] / words for x in loops], roofline.limits(loops, words))")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    exponentials, limits = re.fullmatch(r"(\[.*\]) (\{.*\})", done.stdout.splitlines()[-1]).groups()
+    assert json.loads(exponentials) == pytest.approx([2, 2], abs=0.3)
+    limits = json.loads(limits.replace("'", '"'))
+    assert limits["memory"] == pytest.approx(1.24, abs=0.01)
+    assert 0.3 < limits["special"] + limits["issue"] < limits["memory"]
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
