@@ -3,6 +3,7 @@ Where may a response end, and is that what makes responses long and sure? An int
 
     python stops.py --seeds 42 43 44         # make stops: 108 runs on the toy world, hours
     python stops.py --world smollm --seeds 42 43 44     # make real-stops: a real language model
+    python stops.py --seeds 42 43 44 --report           # of what is finished; runs nothing
 
 Student and teacher end a response with different ids. Six conditions, in which all else is equal:
 
@@ -21,6 +22,7 @@ by a bootstrap over problems and seeds.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -142,26 +144,35 @@ def with_interval(ratios, digits, sign=""):
 def table(results):
     """Markdown lines: a row for each run and condition, with intervals."""
     headings = " | ".join(heading for heading, _ in COLUMNS.values())
-    lines = [f"| run | condition | {headings} |", "|---" * (2 + len(COLUMNS)) + "|"]
-    for (kind, condition), seeds in results.items():
-        row = [with_interval(resampled(seeds, key), digits)
+    lines = [f"| run | condition | seeds | {headings} |", "|---" * (3 + len(COLUMNS)) + "|"]
+    for (kind, condition), of_seeds in results.items():
+        row = [with_interval(resampled(of_seeds.values(), key), digits)
                for key, (_, digits) in COLUMNS.items()]
-        lines.append(f"| {kind} | `{condition}` | {' | '.join(row)} |")
+        lines.append(f"| {kind} | `{condition}` | {len(of_seeds)} | {' | '.join(row)} |")
     return lines
 
 
 def differences(results):
-    """Markdown lines: each condition minus the strictest, paired by problems and seeds."""
+    """
+    Markdown lines: each condition minus the strictest one, and `exchanged` minus `union`, paired by
+    problems and by the seeds that both have.
+    """
     headings = " | ".join(heading for heading, _ in COLUMNS.values())
-    lines = [f"| run | condition minus `student` | {headings} |",
-             "|---" * (2 + len(COLUMNS)) + "|"]
-    for (kind, condition), seeds in results.items():
-        strictest = results.get((kind, "student"))
-        if condition == "student" or not strictest:
-            continue
-        row = [with_interval(resampled(seeds, key) - resampled(strictest, key), digits, "+")
-               for key, (_, digits) in COLUMNS.items()]
-        lines.append(f"| {kind} | `{condition}` | {' | '.join(row)} |")
+    lines = [f"| run | difference | seeds | {headings} |", "|---" * (3 + len(COLUMNS)) + "|"]
+    for kind, condition in results:
+        others = ["student"] if condition != "student" else []
+        others += ["union"] if condition == "exchanged" else []
+        for other in others:
+            ours, theirs = results[kind, condition], results.get((kind, other), {})
+            both = [seed for seed in ours if seed in theirs]
+            if not both:
+                continue
+            row = []
+            for key, (_, digits) in COLUMNS.items():
+                sides = (resampled([side[seed] for seed in both], key) for side in (ours, theirs))
+                row.append(with_interval(np.subtract(*sides), digits, "+"))
+            lines.append(f"| {kind} | `{condition}` minus `{other}` | {len(both)} "
+                         f"| {' | '.join(row)} |")
     return lines
 
 
@@ -169,13 +180,14 @@ def draw(results, out):
     """A point with its interval for each condition and run, in a panel for each number."""
     kinds = list(dict.fromkeys(kind for kind, _ in results))
     conditions = [name for name in CONDITIONS if any(name == c for _, c in results)]
-    keys = [key for key in PANELS if any(seeds[0][key][1].sum() for seeds in results.values())]
+    keys = [key for key in PANELS if any(
+        arrays[key][1].sum() for of_seeds in results.values() for arrays in of_seeds.values())]
     figure, axes = plt.subplots(
         1, len(keys), figsize=(3.6 * len(keys), 1.2 + 0.65 * len(conditions)),
         layout="constrained", sharey=True)
     for axis, key in zip(axes, keys):
-        for (kind, condition), seeds in results.items():
-            ratios = resampled(seeds, key)
+        for (kind, condition), of_seeds in results.items():
+            ratios = resampled(of_seeds.values(), key)
             low, high = np.nanpercentile(ratios[1:], [2.5, 97.5])
             k = kinds.index(kind)
             y = -conditions.index(condition) - (k - (len(kinds) - 1) / 2) * 0.8 / len(kinds)
@@ -202,6 +214,8 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--jobs", type=int, default=cells.cores(), help="runs at a time")
     parser.add_argument("--world", choices=["toy", "smollm"], default="toy")
+    parser.add_argument("--report", action="store_true",
+                        help="run nothing: the tables and the figure of what is finished")
     args = parser.parse_args(argv)
     if args.world == "toy":
         world = cells.small_world("toy")
@@ -209,13 +223,21 @@ def main(argv=None):
     else:
         world = real_world()
         runs, models = real_runs(world), [PRUNED]
-    cells.check_inputs(world, models)
-    cells.execute([
-        cells.Job("train_distill.py", world.out / str(seed) / name, [*argv, f"--seed={seed}"])
-        for seed in args.seeds for name, argv in runs.values()], [""] * args.jobs)
-    results = {
-        key: [last_evaluation(world.out / str(seed) / name) for seed in args.seeds]
-        for key, (name, _) in runs.items()}
+    if not args.report:
+        cells.check_inputs(world, models)
+        cells.execute([
+            cells.Job("train_distill.py", world.out / str(seed) / name, [*argv, f"--seed={seed}"])
+            for seed in args.seeds for name, argv in runs.values()], [""] * args.jobs)
+    results = {}                                            # {(run, condition): {seed: arrays}}
+    for kind in dict.fromkeys(kind for kind, _ in runs):
+        for key in (key for key in runs if key[0] == kind):
+            folders = {seed: world.out / str(seed) / runs[key][0] for seed in args.seeds}
+            of_seeds = {seed: last_evaluation(folder) for seed, folder in folders.items()
+                        if cells.is_finished(folder)}
+            if of_seeds:
+                results[key] = of_seeds
+    if not results:
+        sys.exit(f"error: no run in {world.out} is finished")
     draw(results, world.out / "stops.png")
     for name, make in (("stops_table", table), ("stops_differences", differences)):
         text = "\n".join(make(results)) + "\n"

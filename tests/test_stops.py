@@ -223,28 +223,32 @@ def test_its_runs_have_valid_configs():
 
 def planted(lengths, seeds=3):
     """
-    What `cells.measured` returns for each seed: 4 responses to a problem, of these lengths, and one
-    token more for each seed.
+    {seed: what `cells.measured` returns}: 4 responses to a problem, of these lengths, and a token
+    more for each seed.
     """
     ones, lengths = np.ones(len(lengths)), np.array(lengths, float)
-    return [{
+    return {seed: {
         key: np.stack([4 * (lengths + seed if key == "length" else 0.5 * ones), 4 * ones])
-        for key in stops.COLUMNS} for seed in range(seeds)]
+        for key in stops.COLUMNS} for seed in range(seeds)}
 
 
 def test_tables_and_figure(tmp_path):
     """Values, intervals over problems and seeds, and differences, which are paired."""
     results = {("reverse KL", "union"): planted([60, 80, 100]),
                ("reverse KL", "student"): planted([230, 250, 270]),
+               ("reverse KL", "exchanged"): planted([61, 81, 101], seeds=1),
                ("forward KL", "student"): planted([240, 240, 240], seeds=1)}
     lines = stops.table(results)
-    assert lines[2].startswith("| reverse KL | `union` | 0.500 (0.500 .. 0.500) | 81.0 (")
-    low, high = (float(x) for x in lines[2].split(" | ")[3][6:-1].split(" .. "))
+    assert lines[2].startswith("| reverse KL | `union` | 3 | 0.500 (0.500 .. 0.500) | 81.0 (")
+    low, high = (float(x) for x in lines[2].split(" | ")[4][6:-1].split(" .. "))
     assert 56 < low < 68 and 94 < high < 106                # of three problems and seeds
-    assert lines[4].split(" | ")[3] == "240.0 (240.0 .. 240.0)"
-    row = stops.differences(results)[2].split(" | ")
-    assert len(stops.differences(results)) == 3             # forward KL has nothing beside it
-    assert row[3] == "-170.0 (-170.0 .. -170.0)"            # for each problem and seed alike
+    assert lines[5].split(" | ")[2:5:2] == ["1", "240.0 (240.0 .. 240.0)"]
+    rows = [line.split(" | ") for line in stops.differences(results)[2:]]
+    # Forward KL has nothing beside it. For each problem and seed alike: it is paired.
+    assert [(row[1], row[2], row[4]) for row in rows] == [
+        ("`union` minus `student`", "3", "-170.0 (-170.0 .. -170.0)"),
+        ("`exchanged` minus `student`", "1", "-169.0 (-169.0 .. -169.0)"),
+        ("`exchanged` minus `union`", "1", "+1.0 (+1.0 .. +1.0)")]
     stops.draw(results, tmp_path / "stops.png")
     assert (tmp_path / "stops.png").stat().st_size > 5000
 
@@ -272,7 +276,12 @@ def test_stops_from_runs_to_tables(tmp_path, monkeypatch, capsys):
     stops.main(["--jobs", "8"])
     printed = capsys.readouterr().out
     table = (world.out / "stops_table.md").read_text()
-    assert "| reverse KL, horizon 160 | `student` | 1.000 (1.000 .. 1.000) | 251.5 (" in table
-    assert "| curriculum | `exchanged_mask` | 1.000 (1.000 .. 1.000) | 81.5 (" in table
+    assert "| reverse KL, horizon 160 | `student` | 1 | 1.000 (1.000 .. 1.000) | 251.5 (" in table
+    assert "| curriculum | `exchanged_mask` | 1 | 1.000 (1.000 .. 1.000) | 81.5 (" in table
     assert table in printed and (world.out / "stops.png").is_file()
     assert len(list((world.out / "42").glob("*/finished"))) == 36
+    # What is finished is reported, and nothing is run: of two seeds the second has none.
+    (world.out / "42/curriculum_union/finished").unlink()
+    stops.main(["--seeds", "42", "43", "--report"])
+    assert (world.out / "stops_table.md").read_text() == "".join(
+        line for line in table.splitlines(True) if "| curriculum | `union` |" not in line)
