@@ -31,7 +31,9 @@ checkpointing), 2 V H_t a response token for the LM head of a teacher with cache
 """
 
 import dataclasses
+import functools
 import heapq
+import json
 import math
 import random
 from pathlib import Path
@@ -95,8 +97,14 @@ def read_models(cfg):
 
 def without_weights(config):
     """The model of a config on the meta device: it has shapes, and takes no memory."""
+    return _without_weights(config.to_json_string())
+
+
+@functools.cache
+def _without_weights(text):                              # making one takes a tenth of a second
+    config = json.loads(text)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
 
 
 def parameter_count(config):
@@ -179,17 +187,21 @@ def memory(cfg, models):
     return always | rollouts | update | {"at most at a time": most}
 
 
-def flops(cfg, models):
-    """{part: FLOPs} of a step at the longest horizon, every response as long as it."""
-    student, writer, frozen, kind = models
+def longest_rows(cfg):
+    """Lengths of the responses of a step, were each as long as allowed."""
     rows = cfg.prompts_per_step * cfg.group_size if cfg.group_size else cfg.batch_size
-    horizon = max(cfg.horizons or [cfg.max_new_tokens])
-    lengths = [PROMPT + horizon] * rows
+    return [max(cfg.horizons or [cfg.max_new_tokens])] * rows
+
+
+def flops(cfg, models, responses):
+    """{part: FLOPs} of a step with responses of these lengths."""
+    student, writer, frozen, kind = models
+    lengths = [PROMPT + response for response in responses]
     parts = {}
     if (cfg.group_size or frozen) and not cfg.trajectories:
         parts["writing the responses"] = forward_flops(without_weights(writer), lengths)
     if kind == "teacher's LM head":
-        parts[kind] = 2 * frozen.vocab_size * frozen.hidden_size * rows * horizon
+        parts[kind] = 2 * frozen.vocab_size * frozen.hidden_size * sum(responses)
     elif frozen:
         parts[kind] = forward_flops(without_weights(frozen), lengths)
     forwards = cfg.updates_per_batch * (4 if cfg.gradient_checkpointing else 3)
@@ -207,7 +219,7 @@ LINK_RATE = 300e9, 40e9              # bytes a second of a gradient: within 8 GP
 
 
 def response_shares(folder):
-    """Lengths of the responses of a run's last evaluation, as shares of the longest allowed."""
+    """Lengths of the responses of a run's last evaluation, as shares of the longest of them."""
     files = sorted(Path(folder).glob("samples_student_*.jsonl"))
     if not files:
         raise UserError(f"lengths={folder!r}: no samples_student_*.jsonl there; give the folder of "
@@ -246,28 +258,24 @@ def step_seconds(cfg, models, lengths, gpus):
     after the update.
     """
     size = getattr(torch, cfg.dtype).itemsize
-    student = without_weights(models.student)
-    frozen = models.frozen and without_weights(models.frozen)
     rollouts, updates = [], []
     for rank in range(min(gpus, len(lengths))):
         own = lengths[rank::gpus]
-        rollouts.append(decoding_seconds(models.writer, size, own))
-        sequences = [PROMPT + length for length in own]
-        count = 3 * forward_flops(student, sequences)
-        count += forward_flops(frozen, sequences) if frozen else 0
-        updates.append(count / FLOP_RATE)
+        parts = flops(cfg, models, own)
+        written = parts.get("writing the responses", 0)         # 0: they are on disk
+        rollouts.append(decoding_seconds(models.writer, size, own) if written else 0.0)
+        updates.append((parts["a step"] - written) / FLOP_RATE)
     gradients = 8 * parameter_count(models.student) * (gpus - 1) / gpus / LINK_RATE[gpus > 8]
     return max(rollouts), max(updates), gradients
 
 
-def scaling_table(cfg, models, shares, seed=42):
+def scaling_table(cfg, models, shares):
     """Lines: rows a step, GPUs, steps an hour, times one GPU's, and what a step's time goes to."""
-    horizon = max(cfg.horizons or [cfg.max_new_tokens])
-    usual = cfg.prompts_per_step * cfg.group_size if cfg.group_size else cfg.batch_size
+    horizon, *others = longest_rows(cfg)
     lines = [f"{'rows':>6}{'GPUs':>6}{'steps/hour':>12}{'x one GPU':>11}{'rollouts':>10}"
              f"{'update':>9}{'sum':>7}  s"]
-    for rows in (usual, 256, 1024):
-        drawn = random.Random(seed).choices(shares, k=rows)
+    for rows in (1 + len(others), 256, 1024):
+        drawn = random.Random(cfg.seed).choices(shares, k=rows)
         lengths = [math.ceil(share * horizon) for share in drawn]
         of_gpus = {gpus: step_seconds(cfg, models, lengths, gpus) for gpus in (1, 8, 64)}
         for gpus, parts in of_gpus.items():
@@ -288,7 +296,7 @@ def main(argv):
     for part, size in memory(cfg, models).items():
         print(f"  {part:<50}{size / 1e9:10.3f}")
     print("FLOPs of a step, were every response as long as allowed, 10^12")
-    for part, count in flops(cfg, models).items():
+    for part, count in flops(cfg, models, longest_rows(cfg)).items():
         print(f"  {part:<50}{count / 1e12:10.3f}")
     if cfg.lengths:
         print("simulated, with the assumptions of estimate.py")

@@ -8,9 +8,9 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import estimate
-from estimate import Config, Models, flops, memory, parameter_count, read_models
+from estimate import Config, Models, flops, longest_rows, memory, parameter_count, read_models
 from kernels.linear_kl import CHUNK_BYTES
-from models import response_hidden
+from models import forward_flops, response_hidden
 from utils import UserError, load_config, write_lines
 
 STUDENT = "student: fp32 weights, gradients, Adam"
@@ -146,19 +146,20 @@ def test_activations_as_autograd_keeps_them(dtype):
 
 def test_flops_as_in_the_paper():
     """Appendix H.1's batch (32 prompts of 92 tokens, 128 response tokens), with real shapes."""
-    cfg = Config(max_new_tokens=128)
-    parts = flops(cfg, Models(SMALL, SMALL, MIDDLE, "teacher"))
+    cfg, rows = Config(max_new_tokens=128), [128] * 32
+    assert longest_rows(cfg) == rows
+    parts = flops(cfg, Models(SMALL, SMALL, MIDDLE, "teacher"), rows)
     assert [count / 1e12 for count in parts.values()] == pytest.approx(
         [8.57, 57.09, 25.71, 91.37], rel=0.001)
     cfg = Config(max_new_tokens=128, trajectories="out/sample_4b")
-    parts = flops(cfg, Models(SMALL, SMALL, MIDDLE, HEAD))
+    parts = flops(cfg, Models(SMALL, SMALL, MIDDLE, HEAD), rows)
     assert parts[HEAD] == 2 * 151936 * 2560 * 32 * 128
     assert parts["a step"] / 1e12 == pytest.approx(25.71 + 3.18, rel=0.001)
-    parts = flops(cfg, Models(SMALL, SMALL))             # hard labels
+    parts = flops(cfg, Models(SMALL, SMALL), rows)             # hard labels
     assert list(parts) == ["student, forward and backward", "a step"]
     cfg.trajectories = None
-    assert flops(cfg, Models(SMALL, SMALL)) == parts     # solutions from the prompt file
-    parts = flops(cfg, Models(SMALL, MIDDLE, MIDDLE, "teacher"))
+    assert flops(cfg, Models(SMALL, SMALL), rows) == parts     # solutions from the prompt file
+    parts = flops(cfg, Models(SMALL, MIDDLE, MIDDLE, "teacher"), rows)
     assert parts["writing the responses"] == parts["teacher"]
     assert parts["teacher"] / 1e12 == pytest.approx(57.09, rel=0.001)
 
@@ -167,10 +168,11 @@ def test_flops_of_grpo_and_checkpointing():
     """4 prompts x 8 responses are 32 rows; each update is 3 F, or 4 F where layers run again."""
     cfg = Config(group_size=8, prompts_per_step=4, max_new_tokens=128, updates_per_batch=2)
     models = Models(SMALL, SMALL, SMALL, "reference")
-    counts = [count / 1e12 for count in flops(cfg, models).values()]
+    rows = longest_rows(cfg)
+    counts = [count / 1e12 for count in flops(cfg, models, rows).values()]
     assert counts == pytest.approx([8.57, 8.57, 6 * 8.57, 8 * 8.57], rel=0.001)
     cfg.gradient_checkpointing = True
-    assert flops(cfg, models)["a step"] / 1e12 == pytest.approx(10 * 8.57, rel=0.001)
+    assert flops(cfg, models, rows)["a step"] / 1e12 == pytest.approx(10 * 8.57, rel=0.001)
 
 
 # ----------------------------------------------------------------------------------------- scaling
@@ -197,12 +199,19 @@ def test_a_simulated_step(tmp_path, capsys):
     models = Models(SMALL, SMALL, MIDDLE, "teacher")
     rollouts, update, gradients = estimate.step_seconds(cfg, models, [100, 20, 60, 20], 2)
     assert rollouts == pytest.approx(100 * estimate.TOKEN_SECONDS)
-    whole = [flops(Config(max_new_tokens=n, batch_size=1), models)["teacher"]
-             + flops(Config(max_new_tokens=n, batch_size=1), models)[
-                 "student, forward and backward"] for n in (100, 60)]
-    assert update == pytest.approx(sum(whole) / estimate.FLOP_RATE)      # of rows 0 and 2
+    # Rows 0 and 2: the teacher's forward, and three of the student.
+    teacher, student = (
+        forward_flops(estimate.without_weights(config), [92 + 100, 92 + 60])
+        for config in (MIDDLE, SMALL))
+    assert update == pytest.approx((teacher + 3 * student) / estimate.FLOP_RATE)
     assert gradients == pytest.approx(8 * N_SMALL / 2 / 300e9)
     assert estimate.step_seconds(cfg, models, [100], 1)[2] == 0
+    cfg.trajectories = "out/sample_4b"                   # on disk: neither model writes
+    cached = Models(SMALL, SMALL, MIDDLE, HEAD)
+    rollouts, update, _ = estimate.step_seconds(cfg, cached, [100, 20, 60, 20], 2)
+    assert rollouts == 0
+    head = 2 * 151936 * 2560 * 160
+    assert update == pytest.approx((head + 3 * student) / estimate.FLOP_RATE)
 
     rows = [{"length": length} for length in (10, 20, 40)]
     write_lines(tmp_path / "samples_student_000200.jsonl", rows, mode="w")
