@@ -31,7 +31,7 @@ paper-toy: .venv/installed
 	$(BIN)/python stops.py --seeds $(subst $(comma), ,$(SEEDS))
 
 # What causes the collapse: six conditions in which only the end of a response differs, on the toy
-# world, an hour for three seeds; then on the real model.
+# world, hours for three seeds; then on the real model.
 stops: .venv/installed
 	$(BIN)/python stops.py --seeds $(subst $(comma), ,$(SEEDS))
 

@@ -450,17 +450,20 @@ def measured(path):
     return arrays
 
 
+def ratios(arrays):
+    """(1 + RESAMPLES,) of one number of `measured`: of the problems themselves, and as drawn."""
+    top, bottom = arrays
+    counts = draws(len(top))
+    with np.errstate(invalid="ignore"):                  # 0 / 0 where no response has a box
+        return (counts @ top) / (counts @ bottom)
+
+
 def with_resamples(folder, run):
     """The run with arrays (1 + RESAMPLES,) in its evaluations: numbers of the drawn problems."""
     evaluations = []
     for e in run["student"]:
-        arrays = measured(f"{folder}/samples_student_{e['step']:06d}.jsonl")
-        drawn = {}
-        for key, (top, bottom) in arrays.items():
-            counts = draws(len(top))
-            with np.errstate(invalid="ignore"):          # 0 / 0 where no response has a box
-                drawn[key] = (counts @ top) / (counts @ bottom)
-        evaluations.append(e | drawn)
+        numbers = measured(f"{folder}/samples_student_{e['step']:06d}.jsonl")
+        evaluations.append(e | {key: ratios(arrays) for key, arrays in numbers.items()})
     return run | {"student": evaluations}
 
 
@@ -617,9 +620,8 @@ def verdict(text, difference):
     """
     low, high = np.percentile(difference[1:], [2.5, 97.5])
     if "about" in text:
-        low_bound, high_bound = -MARGIN, MARGIN
-        holds = low_bound < low and high < high_bound
-        fails = high < low_bound or high_bound < low
+        holds = -MARGIN < low and high < MARGIN
+        fails = high < -MARGIN or MARGIN < low
     else:
         holds, fails = low > 0, high < 0
     return "holds" if holds else "**fails**" if fails else "open", low, high

@@ -25,13 +25,10 @@ import argparse
 import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 
 import cells
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
+from plot import plt
 
 CONDITIONS = {
     "union": ["--stop=union"],
@@ -124,13 +121,7 @@ def resampled(seeds, key):
     The mean over seeds of a number of an evaluation, (1 + resamples,): that of the sample, then
     those of resamples. seeds: what `cells.measured` returns, one for each seed.
     """
-    ratios = []
-    for arrays in seeds:
-        top, bottom = arrays[key]
-        counts = cells.draws(len(top))
-        with np.errstate(invalid="ignore"):                 # 0 / 0 where no response has a box
-            ratios.append((counts @ top) / (counts @ bottom))
-    return cells.over_seeds(ratios)
+    return cells.over_seeds([cells.ratios(numbers[key]) for numbers in seeds])
 
 
 def with_interval(ratios, digits, sign=""):

@@ -113,11 +113,11 @@ def test_table_and_report_over_seeds():
 
 # ------------------------------------------------------------------------------------ the bootstrap
 
-def write_samples(path, right, lengths, entropy=0.5):
+def write_samples(path, right, lengths):
     """right, lengths: (problems, samples)."""
     rows = [
         {"index": i, "sample": j, "correct": bool(right[i][j]), "length": int(lengths[i][j]),
-         "entropy_sum": entropy * int(lengths[i][j]), "stop": "length" if j else "<end>",
+         "entropy_sum": 0.5 * int(lengths[i][j]), "stop": "length" if j else "<end>",
          "tokens_after_box": 2 if j == 0 else None,
          "entropy_after_box_sum": 0.25 if j == 0 else 0.0}
         for i in range(len(right)) for j in range(len(right[0]))]

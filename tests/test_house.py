@@ -115,7 +115,7 @@ MAY_IMPORT = {
     **{stage: TO_A_STAGE for stage in STAGES},
     "eval_math": {*TO_A_STAGE, "plot"},  # for its table and intervals
     "cells": {"plot", "configs"},  # it starts stages as programs
-    "stops": {"cells"},
+    "stops": {"cells", "plot"},
     "plot": {"utils"},
     "estimate": {"train_distill", "rl_grpo", *TO_A_STAGE},  # for their configs
 }
