@@ -405,23 +405,24 @@ def load_models(cfg, trajectories, device):
     dtype = getattr(torch, cfg.dtype)
     host = "cpu" if cfg.fsdp else device  # sharding moves a layer at a time
     student = load_model(cfg.student, torch.float32, host, cfg.gradient_checkpointing)
-    models, heads, teacher, head_p, theirs = [student], [lm_head(student)], None, None, None
+    models, heads = [student], [lm_head(student)]
+    teacher, head_p, teacher_generation = None, None, None
     if trajectories and trajectories.cached:
         require(
             not (cfg.eval_teacher or cfg.eval_kl), cfg, "trajectories",
             "of the teacher only its LM head is kept: set eval_teacher and eval_kl False")
-        head_p, theirs = load_head(cfg.teacher, trajectories, dtype, device)
+        head_p, teacher_generation = load_head(cfg.teacher, trajectories, dtype, device)
         heads.append(head_p)
     elif cfg.teacher:
         teacher = load_model(cfg.teacher, dtype, host).requires_grad_(False)
-        theirs = teacher.generation_config
+        teacher_generation = teacher.generation_config
         models.append(teacher)
         heads.append(lm_head(teacher))
     vocab_size = min(map(len, heads))
     positions = min(model.config.max_position_embeddings for model in models)
 
     own_ids = stop_ids(student.generation_config, tokenizer)
-    teacher_ids = stop_ids(theirs, template) if theirs else []
+    teacher_ids = stop_ids(teacher_generation, template) if teacher_generation else []
     disk_ids = trajectories.settings["stop_ids"] if trajectories else []
     either = sorted({*own_ids, *teacher_ids, *disk_ids})
     student_ids = either if cfg.stop == "union" else own_ids
