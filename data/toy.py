@@ -208,10 +208,29 @@ def make_model(hidden_size, num_hidden_layers, num_key_value_heads, vocab_size, 
     return Qwen3ForCausalLM(config)
 
 
-def pretrain(spec, batch_size=64, seed=SEED, digits=tuple(TRAIN_DIGITS), learning_rate=2e-3):
+def sums(digits=tuple(TRAIN_DIGITS)):
     """
-    Train a model of SPECS with next-token cross-entropy on new solutions of problems that are not
-    in the test files. Returns (model, last loss in nats).
+    A function of a random generator: (problem, solution) of a random problem, or None where that is
+    in one of the test files.
+    """
+    held_out = set()
+    for name, rows in make_problems().items():
+        if name != "train":
+            held_out |= {tuple(sorted(row["problem"][:-1].split("+"))) for row in rows}
+
+    def draw(rng):
+        numbers = [rng.randrange(10) for _ in range(rng.choice(digits))]
+        if tuple(sorted(map(str, numbers))) in held_out:
+            return None
+        return "+".join(map(str, numbers)) + "?", solve(numbers, rng)
+
+    return draw
+
+
+def pretrain(spec, draw, batch_size=64, seed=SEED, learning_rate=2e-3):
+    """
+    Train a model of SPECS with next-token cross-entropy on new documents, (problem, solution), from
+    `draw`; see `sums`. Returns (model, last loss in nats).
     """
     steps = spec["steps"]
     encoding = make_encoding()
@@ -221,23 +240,17 @@ def pretrain(spec, batch_size=64, seed=SEED, digits=tuple(TRAIN_DIGITS), learnin
     for end, chance in spec["ends"]:
         endings.append([encoding.encode_single_token(token) for token in end])
         chances.append(chance)
-    held_out = set()
-    for name, rows in make_problems().items():
-        if name != "train":
-            held_out |= {tuple(sorted(row["problem"][:-1].split("+"))) for row in rows}
-
     rng = random.Random(seed)
     end_rng = random.Random(seed + 1)
 
     def document():
-        """(prompt ids, response ids) of a random problem, or None where it is held out."""
-        numbers = [rng.randrange(10) for _ in range(rng.choice(digits))]
-        if tuple(sorted(map(str, numbers))) in held_out:
+        """(prompt ids, response ids), or None."""
+        drawn = draw(rng)
+        if drawn is None:
             return None
-        text = f"<|user|>{'+'.join(map(str, numbers))}?<|assistant|>"
-        prompt = encoding.encode(text, allowed_special="all")
-        solution = encoding.encode(solve(numbers, rng))
-        return prompt, solution + end_rng.choices(endings, chances)[0]
+        problem, solution = drawn
+        prompt = encoding.encode(f"<|user|>{problem}<|assistant|>", allowed_special="all")
+        return prompt, encoding.encode(solution) + end_rng.choices(endings, chances)[0]
 
     torch.manual_seed(seed)
     model = make_model(
@@ -304,7 +317,7 @@ def main():
     torch.set_num_threads(1)        # the same rounding, so the same weights, on any number of cores
     for name, spec in SPECS.items():
         if args.rebuild:
-            model, _ = pretrain(spec)
+            model, _ = pretrain(spec, sums())
             model.to(torch.bfloat16).save_pretrained(ROOT / name)
         export_tokenizer(make_encoding(), spec["stop"]).save_pretrained(ROOT / name)
 

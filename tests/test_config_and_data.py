@@ -338,7 +338,7 @@ def test_recipe_still_learns():
     just to that of single characters.
     """
     recipe = dict(toy.SPECS["student"], steps=120)
-    _, loss = toy.pretrain(recipe, batch_size=32, digits=(2,), learning_rate=4e-3)
+    _, loss = toy.pretrain(recipe, toy.sums((2,)), batch_size=32, learning_rate=4e-3)
     assert loss < 0.6
 
 
