@@ -4,14 +4,14 @@ A second toy world, for the paper's comparisons: in it none of the claims is dec
     python data/prices.py              # problems and tokenizers, a second; compare with git diff
     python data/prices.py --rebuild    # teacher and base student too, about 30 minutes on 2 cores
 
-A shop has 80 things, a1 to p5, and a model has to know by heart what each costs, 1 to 9. A problem
-is a sum of money and twelve to fourteen things: "47+k7+b2+d0?" (with three). A solution takes the
+A shop has 26 things, a to z, and a model has to know by heart what each costs, 1 to 9. A problem
+is a sum of money and twelve to fourteen things: "47+k+b+d?" (with three). A solution takes the
 things in any order; a step is a thing, its price, and the sum so far modulo 100:
 
-    k7+4=51b2+3=54d0+9=63\\boxed{63}
-    d0+9=56b2+3=59k7+4=63\\boxed{63}
+    k+4=51b+3=54d+9=63\\boxed{63}
+    d+9=56b+3=59k+4=63\\boxed{63}
 
-So every step is the same operation, and seven tokens of a response teach something that counts in all
+So every step is the same operation, and six tokens of a response teach something that counts in all
 of it. A thing whose price a model does not know is in every solution of a problem, whatever the
 order: so some problems are out of its reach, and Pass@k is less than 1. Such things were in its
 pretraining with a right and a wrong price, in a proportion of their own, for each thing and model.
@@ -24,6 +24,7 @@ things; teacher/ and student/. Tokenizer, stop ids and padding are those of data
 import argparse
 import json
 import random
+import string
 import sys
 from pathlib import Path
 
@@ -35,11 +36,11 @@ from data import toy  # noqa: E402
 
 ROOT = Path(__file__).parent / "prices"
 SEED = 42
-LETTERS = "abcdefghijklmnop"
-THINGS = [f"{letter}{digit}" for letter in LETTERS for digit in range(1, 6)]
+THINGS = string.ascii_lowercase
 COUNTS = range(12, 15)              # of things in a problem; in pretraining also fewer
 PRETRAINING_COUNTS = range(2, 15)
-UNSURE = {"student": 16, "teacher": 6}  # how many things a model knows the price of in part
+# The chances that a document has the right price, of the things that a model knows in part.
+UNSURE = {"student": (0.05, 0.25, 0.45, 0.65, 0.85), "teacher": (0.15, 0.85)}
 
 SPECS = {
     "student": dict(
@@ -68,10 +69,9 @@ def make_prices(seed=SEED):
     for thing in THINGS:
         prices[thing], wrong[thing] = rng.sample(range(1, 10), 2)
     known = {}
-    for name, count in UNSURE.items():
-        known[name] = dict.fromkeys(THINGS, 1.0)
-        for thing in rng.sample(THINGS, count):
-            known[name][thing] = rng.random()
+    for name, chances in UNSURE.items():
+        things = rng.sample(THINGS, len(chances))
+        known[name] = dict.fromkeys(THINGS, 1.0) | dict(zip(things, chances))
     return prices, wrong, known
 
 
@@ -79,9 +79,8 @@ PRICES, WRONG, KNOWN = make_prices()
 
 
 def draw_problem(rng, counts=COUNTS):
-    """(sum of money, things), no two of one letter."""
-    letters = rng.sample(LETTERS, rng.choice(counts))
-    return rng.randrange(100), [f"{letter}{rng.randint(1, 5)}" for letter in letters]
+    """(sum of money, things)."""
+    return rng.randrange(100), rng.sample(THINGS, rng.choice(counts))
 
 
 def text_of(money, things):
