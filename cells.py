@@ -2,8 +2,8 @@
 The paper's comparisons: prefix source, KL direction, mixing, horizon and curriculum; in miniature,
 or the whole grid on GPUs.
 
-    python cells.py                                      # make cells: 36 runs on the toy world,
-                                                         # half an hour on 2 cores
+    python cells.py                                      # make cells: 36 runs on the toy world of
+                                                         # data/prices.py, half an hour on 2 cores
     python cells.py --rl --seeds 42 43 44                # make paper-toy: three seeds, and GRPO
                                                          # from eight end points each; hours
     python cells.py --world smollm --rl                  # make real-cells: a real language model,
@@ -82,14 +82,16 @@ class World:
 
 
 def small_world(name):
-    """The toy world, or the real language model of make real ("smollm")."""
+    """
+    One of the toy worlds, that of data/prices.py ("prices") or the demo's ("toy"), or the real
+    language model of make real ("smollm").
+    """
     curriculum = runpy.run_path(f"configs/{name}_curriculum.py")
     world = World(
         Path("out/cells"), [f"configs/{name}_cells.py"], [f"configs/{name}_curriculum.py"],
         [f"configs/{name}_sample.py"], [f"configs/{name}_grpo.py"], [], curriculum["horizons"])
-    if name == "toy":
+    if name != "smollm":
         world.stops = ("union", "student")
-        world.grpo += ["--eval_data=data/toy/hard.jsonl", "--eval_every=25"]
     else:
         world.out = Path(f"out/cells_{name}")
         world.lams = (0, 0.2, 0.5, 1)
@@ -735,7 +737,7 @@ def main(argv=None):
     parser.add_argument("--jobs", type=int, help="without --gpus: runs at a time, on one thread "
                                                  "each; default as many as there are cores")
     parser.add_argument("--gpus", help="a run at a time on each of these, as 0,1,2,3")
-    parser.add_argument("--world", choices=["toy", "smollm"], default="toy")
+    parser.add_argument("--world", choices=["prices", "smollm"], default="prices")
     parser.add_argument("--base", help="in place of a world: a config of on-policy distillation, "
                                        "for the paper's runs and its table")
     parser.add_argument("--short", type=int, default=128, help="the short horizon, with --base")
@@ -770,7 +772,7 @@ def main(argv=None):
                "claims.md": report(world, resampled, args.seeds, args.rl)}
     if args.base:
         written["paper.md"] = paper_table(world, args.seeds, args.rl)
-    elif args.world != "toy":
+    elif args.world == "smollm":
         written["claims.md"] = beside_the_toy(written["claims.md"])
     for name, lines in written.items():
         (world.out / name).write_text("\n".join(lines) + "\n")

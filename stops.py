@@ -15,10 +15,9 @@ Student and teacher end a response with different ids. Six conditions, in which 
     *_mask           each of these with terminal = "mask": the stop id that ends a response is not
                      in the loss
 
-docs/stops.md says what this shows and what it does not. Those runs of the toy world that cells.py
-has too are in its folders: what is finished is not run again. The figure stops.png, the table
-stops_table.md and the paired differences stops_differences.md come there too. Intervals are 95 %,
-by a bootstrap over problems and seeds.
+docs/stops.md says what this shows and what it does not. Runs, the figure stops.png, the table
+stops_table.md and the paired differences stops_differences.md are in out/stops (out/stops_smollm);
+what is finished is not run again. Intervals are 95 %, by a bootstrap over problems and seeds.
 """
 
 import argparse
@@ -53,6 +52,14 @@ PANELS = {                      # of the figure, {key: title}
 }
 
 
+def toy_world():
+    """The demo's models and problems; its runs are those of `toy_runs`."""
+    world = cells.small_world("toy")
+    world.out = Path("out/stops")
+    world.sample = world.grpo = []
+    return world
+
+
 def toy_runs(world):
     """{(run, condition): (folder's name, arguments of train_distill.py)}."""
     kinds = {
@@ -61,17 +68,15 @@ def toy_runs(world):
             ("reverse KL", 1, world.long), ("lam = 0.2", 0.2, world.long),
             ("forward KL", 0, world.long), ("reverse KL", 1, world.short),
             ("forward KL", 0, world.short))}
-    shared = cells.distillation_runs(world)
     runs = {}
     once = f"--eval_every={world.base['max_steps']}"        # only the last evaluation is used
     for condition, options in CONDITIONS.items():
         for kind, (prefix, lam, horizon) in kinds.items():
             name = cells.name_of(prefix, lam, horizon, condition)
             argv = [*world.distil, f"--reverse_weight={lam}", f"--max_new_tokens={horizon}"]
-            runs[kind, condition] = name, shared.get(name, [*argv, *options, once])
+            runs[kind, condition] = name, [*argv, *options, once]
         name = f"curriculum_{condition}"
-        argv = shared.get(name, [*world.curriculum, *options, once])
-        runs["curriculum", condition] = name, argv
+        runs["curriculum", condition] = name, [*world.curriculum, *options, once]
     return runs
 
 
@@ -209,7 +214,7 @@ def main(argv=None):
                         help="run nothing: the tables and the figure of what is finished")
     args = parser.parse_args(argv)
     if args.world == "toy":
-        world = cells.small_world("toy")
+        world = toy_world()
         runs, models = toy_runs(world), []
     else:
         world = real_world()

@@ -2,23 +2,23 @@
 A second toy world, for the paper's comparisons: in it none of the claims is decided before the run.
 
     python data/prices.py              # problems and tokenizers, a second; compare with git diff
-    python data/prices.py --rebuild    # teacher and base student too, about 30 minutes on 2 cores
+    python data/prices.py --rebuild    # teacher and base student too, about 15 minutes on a core
 
 A shop has 26 things, a to z, and a model has to know by heart what each costs, 1 to 9. A problem
-is a sum of money and twelve to fourteen things: "47+k+b+d?" (with three). A solution takes the
-things in any order; a step is a thing, its price, and the sum so far modulo 100:
+is a sum of money and six or seven things: "47+k+b+d?" (with three). A solution adds their prices
+one at a time, modulo 100, in any order, and does it all again in another:
 
-    k+4=51b+3=54d+9=63\\boxed{63}
-    d+9=56b+3=59k+4=63\\boxed{63}
+    k+4=51b+3=54d+9=63
+    d+9=56k+4=60b+3=63\\boxed{63}
 
 So every step is the same operation, and six tokens of a response teach something that counts in all
-of it. A thing whose price a model does not know is in every solution of a problem, whatever the
-order: so some problems are out of its reach, and Pass@k is less than 1. Such things were in its
-pretraining with a right and a wrong price, in a proportion of their own, for each thing and model.
-The teacher has some, too.
+of it, thirteen times as long. A price that a model does not know is in every solution of a problem,
+whatever the order: so some problems are out of its reach, and Pass@k is less than 1. Such things
+were in its pretraining with a right and a wrong price, in a proportion of their own for each thing.
+The teacher has some, too, so that no run comes near what is possible.
 
-The script writes, under data/prices/: train.jsonl and test.jsonl, no problem of which has the same
-things; teacher/ and student/. Tokenizer, stop ids and padding are those of data/toy.py.
+The script writes, under data/prices/: train.jsonl and test.jsonl, no two problems of which have the
+same things; teacher/ and student/. Tokenizer, stop ids and padding are those of data/toy.py.
 """
 
 import argparse
@@ -37,25 +37,20 @@ from data import toy  # noqa: E402
 ROOT = Path(__file__).parent / "prices"
 SEED = 42
 THINGS = string.ascii_lowercase
-COUNTS = range(12, 15)              # of things in a problem; in pretraining also fewer
-PRETRAINING_COUNTS = range(2, 15)
+COUNTS = (6, 7)                     # of things in a problem; in pretraining also fewer
+PRETRAINING_COUNTS = range(2, 8)
+PASSES = 2
 # The chances that a document has the right price, of the things that a model knows in part.
-UNSURE = {"student": (0.05, 0.25, 0.45, 0.65, 0.85), "teacher": (0.15, 0.85)}
+UNSURE = {"student": (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95),
+          "teacher": (0.15, 0.15, 0.85, 0.85)}
 
+# Models of the same sizes as in data/toy.py.
 SPECS = {
-    "student": dict(
-        toy.SPECS["student"],
-        hidden_size=96,
-        num_key_value_heads=3,
-        vocab_size=528,
-        steps=2400,
-    ),
-    "teacher": dict(
-        toy.SPECS["teacher"],
-        vocab_size=544,
-        steps=2000,
-    ),
+    "student": dict(toy.SPECS["student"], steps=3500),
+    "teacher": toy.SPECS["teacher"],
 }
+BATCH_SIZE = 32
+LEARNING_RATE = 3e-3
 
 
 def make_prices(seed=SEED):
@@ -89,12 +84,15 @@ def text_of(money, things):
 
 def solve(money, things, rng, prices=PRICES):
     """One random solution."""
-    total = money
-    steps = []
-    for thing in rng.sample(things, len(things)):
-        total = (total + prices[thing]) % 100
-        steps.append(f"{thing}+{prices[thing]}={total:02d}")
-    return "".join(steps) + f"\\boxed{{{total:02d}}}"
+    passes = []
+    for _ in range(PASSES):
+        total = money
+        steps = []
+        for thing in rng.sample(things, len(things)):
+            total = (total + prices[thing]) % 100
+            steps.append(f"{thing}+{prices[thing]}={total:02d}")
+        passes.append("".join(steps))
+    return "\n".join(passes) + f"\\boxed{{{total:02d}}}"
 
 
 def make_problems(train=3000, test=256, seed=SEED):
@@ -149,7 +147,8 @@ def main():
     torch.set_num_threads(1)        # the same rounding, so the same weights, on any number of cores
     for name, spec in SPECS.items():
         if args.rebuild:
-            model, _ = toy.pretrain(spec, documents(name))
+            model, _ = toy.pretrain(
+                spec, documents(name), batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE)
             model.to(torch.bfloat16).save_pretrained(ROOT / name)
         toy.export_tokenizer(toy.make_encoding(), spec["stop"]).save_pretrained(ROOT / name)
 

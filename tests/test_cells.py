@@ -22,8 +22,9 @@ import train_distill
 import utils
 from cells import DIRECTIONS, PREFIXES, Job, claims, name_of
 
-TOY = cells.small_world("toy")
-SHORT, LONG, RUNGS, LAMS, STOPS = TOY.short, TOY.long, TOY.rungs, TOY.lams, TOY.stops
+PRICES = cells.small_world("prices")
+SHORT, LONG, RUNGS, LAMS, STOPS = (
+    PRICES.short, PRICES.long, PRICES.rungs, PRICES.lams, PRICES.stops)
 
 
 def world(reverse=1, student=1, long=1):
@@ -70,15 +71,15 @@ def world(reverse=1, student=1, long=1):
 
 def failed(runs):
     """The numbers of the claims that do not hold, were the numbers exact."""
-    return {number for number, text, left, right in claims(TOY, runs, "union", rl=True)
+    return {number for number, text, left, right in claims(PRICES, runs, "union", rl=True)
             if cells.verdict(text, np.full(3, left - right))[0] != "holds"}
 
 
 def test_each_claim_holds_where_it_should():
     assert failed(world()) == set()
-    assert {row[0] for row in claims(TOY, world(), "union", rl=True)} == set(range(2, 14))
+    assert {row[0] for row in claims(PRICES, world(), "union", rl=True)} == set(range(2, 14))
     # GRPO starts from the runs with stop = union only.
-    assert {10, 11} & {row[0] for row in claims(TOY, world(), "student", rl=True)} == set()
+    assert {10, 11} & {row[0] for row in claims(PRICES, world(), "student", rl=True)} == set()
 
 
 def test_each_claim_fails_with_the_sides_exchanged():
@@ -104,10 +105,10 @@ def test_table_and_report_over_seeds():
     start = f"| `{name_of('student', 0, SHORT, 'union')}`"
     row = next(line for line in cells.table(results, [1, 2]) if line.startswith(start))
     assert row.split(" | ")[1] == "0.375 (0.300 - 0.450)"
-    lines = cells.report(TOY, results, [1, 2], False)
+    lines = cells.report(PRICES, results, [1, 2], False)
     line = next(line for line in lines if "A(R) > A(F), short" in line)
     assert "0.375, 0.375: open (-1.4 .. +1.4)" in line         # t is 12.7 for two seeds
-    line = next(line for line in cells.report(TOY, results, [1], False) if "A(R) > A(F), s" in line)
+    line = next(line for line in cells.report(PRICES, results, [1], False) if "A(R) > A(F), s" in line)
     assert "0.45, 0.3: holds (+0.15 .. +0.15)" in line
 
 
@@ -190,7 +191,7 @@ def test_the_world_of_the_real_model():
     real = cells.small_world("smollm")
     assert len(cells.distillation_runs(real)) == 16
     assert "hard_64_union" in cells.distillation_runs(real)
-    for a_world in (TOY, real):
+    for a_world in (PRICES, real):
         check_configs(cells.jobs_of(a_world, [1], rl=True))
 
     lines = ["| claim | left, right side | stop = union |", "|---|---|---|",

@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import re
+import runpy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -24,7 +25,7 @@ import eval_math
 import rl_grpo
 import sample
 import train_distill
-from data import toy
+from data import prices, toy
 from data.problems import (
     check_tokenizers,
     deal,
@@ -276,6 +277,31 @@ def test_problems_are_the_shipped_ones():
     encoding = toy.make_encoding()
     lengths = sorted(len(encoding.encode(row["solution"])) + 1 for row in files["middle"])
     assert lengths[int(0.9 * len(lengths))] >= 6 * 16  # the longest tenth; a short horizon is 16
+
+
+def test_prices_problems_are_the_shipped_ones():
+    """As above, of the other toy world; a response has at least 12 times its first rung."""
+    files = prices.make_problems()
+    seen = set()
+    for name, rows in files.items():
+        assert load_problems(f"data/prices/{name}.jsonl") == rows, f"{name}: run data/prices.py"
+        for row in rows:
+            money, *things = row["problem"].removesuffix("?").split("+")
+            assert frozenset(things) not in seen and len(set(things)) == len(things)
+            seen.add(frozenset(things))
+            *steps, box = re.findall(r"([a-z])\+(\d)=(\d\d)|boxed{(\d\d)}", row["solution"])
+            assert sorted(thing for thing, *_ in steps) == sorted(things)
+            total = int(money)
+            for thing, price, after, _ in steps:
+                total = (total + int(price)) % 100
+                assert int(price) == prices.PRICES[thing] and int(after) == total
+            assert box[3] == row["answer"] and int(row["answer"]) == total
+            assert grade(row["solution"], row["answer"]) == (True, "same text")
+    encoding = toy.make_encoding()
+    shortest = min(len(encoding.encode(row["solution"])) + 1 for row in files["train"])
+    rungs = runpy.run_path("configs/prices_curriculum.py")["horizons"]
+    assert shortest >= 12 * rungs[0] and shortest > rungs[1] and shortest > rungs[2]
+    assert runpy.run_path("configs/prices_cells.py")["max_new_tokens"] == rungs[-1]
 
 
 def test_tokenizer_and_export_agree():
