@@ -289,13 +289,14 @@ def test_prices_problems_are_the_shipped_ones():
             money, *things = row["problem"].removesuffix("?").split("+")
             assert frozenset(things) not in seen and len(set(things)) == len(things)
             seen.add(frozenset(things))
-            *steps, box = re.findall(r"([a-z])\+(\d)=(\d\d)|boxed{(\d\d)}", row["solution"])
-            assert sorted(thing for thing, *_ in steps) == sorted(things)
-            total = int(money)
-            for thing, price, after, _ in steps:
-                total = (total + int(price)) % 100
-                assert int(price) == prices.PRICES[thing] and int(after) == total
-            assert box[3] == row["answer"] and int(row["answer"]) == total
+            for line in row["solution"].split("\\boxed")[0].split("\n"):
+                steps = re.findall(r"([a-z])\+(\d)=(\d\d)", line)
+                assert sorted(thing for thing, *_ in steps) == sorted(things)
+                total = int(money)
+                for thing, price, after in steps:
+                    total = (total + int(price)) % 100
+                    assert int(price) == prices.PRICES[thing] and int(after) == total
+                assert int(row["answer"]) == total
             assert grade(row["solution"], row["answer"]) == (True, "same text")
     encoding = toy.make_encoding()
     shortest = min(len(encoding.encode(row["solution"])) + 1 for row in files["train"])
