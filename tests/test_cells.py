@@ -108,7 +108,8 @@ def test_table_and_report_over_seeds():
     lines = cells.report(PRICES, results, [1, 2], False)
     line = next(line for line in lines if "A(R) > A(F), short" in line)
     assert "0.375, 0.375: open (-1.4 .. +1.4)" in line         # t is 12.7 for two seeds
-    line = next(line for line in cells.report(PRICES, results, [1], False) if "A(R) > A(F), s" in line)
+    lines = cells.report(PRICES, results, [1], False)
+    line = next(line for line in lines if "A(R) > A(F), s" in line)
     assert "0.45, 0.3: holds (+0.15 .. +0.15)" in line
 
 

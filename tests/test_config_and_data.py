@@ -37,7 +37,7 @@ from data.problems import (
 from engine import HFEngine, Sampling
 from estimate import without_weights
 from grade import evaluate, grade, pass_at_k, tokens_after_box
-from models import check_head, forward_flops, lm_head, stop_ids
+from models import check_head, forward_flops, lm_head, load_model, stop_ids
 from utils import UserError, check_ranges, load_config
 
 # ----------------------------------------------------------------------------------- config loader
@@ -340,18 +340,36 @@ def test_toy_checkpoints(student, teacher, tokenizer):
     check_tokenizers(tokenizer, load_tokenizer("data/toy/teacher"), "a", "b")
 
 
+def measure(model, tokenizer, problems, limit, samples):
+    """`evaluate` at T = 1; either id ends a response."""
+    engine = HFEngine(model, vocab_size=272, max_tokens=8192)
+    held_out = [(row, encode_prompt(tokenizer, row["problem"])) for row in problems]
+    return evaluate(engine, tokenizer, held_out, Sampling(limit, (257, 260)), samples, seed=0)[0]
+
+
+def test_prices_leaves_room_for_each_claim(tokenizer):
+    """
+    What docs/results.md calls room, on the numbers that a run of cells.py begins with: no side of a
+    claim begins at a bound, or reaches one if the student becomes its teacher.
+    """
+    cfg = runpy.run_path("configs/prices_cells.py")
+    problems = load_problems(cfg["eval_data"])[:cfg["eval_prompts"]]
+    limit = cfg["eval_max_new_tokens"]
+
+    ours, theirs = (measure(load_model(f"data/prices/{name}", torch.float32), tokenizer, problems,
+                            limit, cfg["eval_samples"]) for name in ("student", "teacher"))
+    assert 0.1 <= ours["avg_at_k"] and theirs["avg_at_k"] <= 0.9
+    assert theirs["avg_at_k"] - ours["avg_at_k"] >= 0.3
+    assert 0.5 <= ours["pass_at_k"] <= 0.85 and theirs["pass_at_k"] <= 0.95
+    assert theirs["pass_at_k"] - ours["pass_at_k"] >= 0.15
+    assert min(ours["entropy"], theirs["entropy"]) >= 0.15
+    assert max(ours["length"], theirs["length"]) <= 0.5 * limit
+
+
 def test_toy_models_are_as_good_as_they_should_be(student, teacher, tokenizer):
     """Middle set at T = 1: the student has room to grow, the teacher has little."""
     problems = load_problems("data/toy/middle.jsonl")[:96]
-    prompts = [encode_prompt(tokenizer, problem["problem"]) for problem in problems]
-
-    def measure(model):
-        engine = HFEngine(model, vocab_size=272, max_tokens=8192)
-        sampling = Sampling(256, (257, 260))
-        held_out = list(zip(problems, prompts))
-        return evaluate(engine, tokenizer, held_out, sampling, samples=4, seed=0)[0]
-
-    ours, theirs = measure(student), measure(teacher)
+    ours, theirs = (measure(model, tokenizer, problems, 256, 4) for model in (student, teacher))
     assert 0.2 <= ours["avg_at_k"] <= 0.5 and theirs["avg_at_k"] >= 0.95
     assert 0.8 < ours["stop_reasons"]["<|endoftext|>"] < 0.97  # a tenth ends as a chat
     assert theirs["stop_reasons"]["<|im_end|>"] > 0.9
