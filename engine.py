@@ -143,7 +143,8 @@ class HFEngine(Engine):
         """
         # Neighbours in length are decoded together, for little padding.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        with unsharded(self.decoder):
+        # A layer that is compiled for training would be compiled anew for each length of its cache.
+        with unsharded(self.decoder), torch.compiler.set_stance("force_eager"):
             for first in range(0, len(order), self.max_rows):
                 rows = order[first : first + self.max_rows]
                 yield from self._decode(rows, prompts, sampling, seeds, on_token)
@@ -186,7 +187,7 @@ class HFEngine(Engine):
                 stay = torch.tensor(unfinished, device=device)
                 tokens, lengths, uniforms = tokens[stay], lengths[stay], uniforms[stay]
                 cache.batch_select_indices(stay)
-            lengths = lengths + 1
+            lengths += 1
             hidden = self._advance(tokens[:, None], lengths, cache)
 
     def _advance(self, ids, lengths, cache):
@@ -194,12 +195,13 @@ class HFEngine(Engine):
         Run ids (B, t) after what is in the cache; hidden states (B, H) at the last position. Of a
         row's T columns the last `lengths` are tokens, those before are padding.
         """
-        end = cache.get_seq_length() + len(ids[0])
+        t = len(ids[0])
+        end = cache.get_seq_length() + t
         columns = torch.arange(end, device=ids.device)
         start = end - lengths[:, None]
         mask = columns >= start  # (B, T)
-        positions = (columns[-len(ids[0]) :] - start).clamp(min=0)
-        if self.accepts_4d_mask and len(ids[0]) == 1:
+        positions = (columns[-t:] - start).clamp(min=0)
+        if self.accepts_4d_mask and t == 1:
             mask = mask[:, None, None]  # else each layer makes it: a tenth of a small model's time
         output = base_model(self.decoder)(
             ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True

@@ -36,11 +36,13 @@ from utils import (
 # ---------------------------------------------------------------------------------------- loading
 
 
-def load_model(path, dtype, device="cpu", recompute=False):
+def load_model(path, dtype, device="cpu", recompute=False, compiled=False):
     """
     A causal LM in eval mode (no dropout), in `dtype`. With recompute a layer keeps its input only,
-    and runs again in the backward. UserError when it is missing or damaged, or when its logits are
-    more than hidden states times the LM head, for the losses need no more.
+    and runs again in the backward. Compiled, torch.compile makes a program of each part of a layer,
+    one for all layers and lengths; engines do not use them. UserError when it is missing or
+    damaged, or when its logits are more than hidden states times the LM head, for the losses need
+    no more.
     """
     path = model_folder(path)
     with as_user_error(f"cannot load a model in {path}"):
@@ -51,10 +53,15 @@ def load_model(path, dtype, device="cpu", recompute=False):
         )
         if info["missing_keys"]:
             raise ValueError(f"it lacks {min(info['missing_keys'])}, which would be random")
-        for layer in model.base_model.layers if recompute else ():
+        layers = model.base_model.layers
+        for layer in layers if recompute else ():
             layer.forward = functools.partial(
                 checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
             )
+        # Not a layer as a whole, for around its forward are recomputation and FSDP.
+        for layer in layers if compiled else ():
+            for part in layer.children():
+                part.compile(dynamic=True)
     check_head(model, path)
     try:
         model.generation_config.validate(strict=True)
@@ -153,8 +160,7 @@ def base_model(model):
 
 
 def sequence_length(sequence):
-    prompt, response, *_ = sequence
-    return len(prompt) + len(response)
+    return sum(map(len, sequence[:2]))  # prompt and response
 
 
 def microbatches(sequences, max_tokens):
@@ -184,8 +190,9 @@ def response_hidden(model, sequences, dtype=torch.float32):
     predicts = torch.zeros(ids.shape, dtype=torch.bool)
     for row, (prompt, response, *_) in zip(predicts, sequences):
         row[len(prompt) - 1 :][: len(response)] = True
-    needs_cast = model.dtype != dtype and not isinstance(model, FSDPModule)
-    with torch.autocast(ids.device.type, dtype, enabled=needs_cast):
+    with torch.autocast(
+        ids.device.type, dtype, enabled=model.dtype != dtype and not isinstance(model, FSDPModule)
+    ):
         hidden = base_model(model)(ids, use_cache=False).last_hidden_state  # (B, T, H)
     return hidden[predicts].to(dtype)
 

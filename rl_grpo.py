@@ -108,6 +108,7 @@ class Config:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # compute; master weights are always fp32
     max_tokens_per_microbatch: int = 16384  # padded tokens in a forward; the result is the same
     gradient_checkpointing: bool = False  # keep a layer's input only, run it again in the backward
+    compile: bool = False  # torch.compile the layers, for training: a minute once, then faster
     collective_timeout: float = 1800.0  # seconds that a process waits for the others
     # evaluation on a fixed held-out set
     eval_data: str = "data/math500.jsonl"
@@ -370,11 +371,13 @@ def main(argv):
     state, checkpoint = start_run(
         cfg, (path, cfg.student, cfg.template, cfg.prompts, cfg.eval_data), identity
     )
-    student = load_model(cfg.student, torch.float32, device, cfg.gradient_checkpointing)
+    student = load_model(
+        cfg.student, torch.float32, device, cfg.gradient_checkpointing, cfg.compile
+    )
     models, dtype = {"student": student}, getattr(torch, cfg.dtype)
     if identity["reference"]:
         # In fp32 as the masters: in another dtype the same weights would be 0.01 nats apart.
-        models["reference"] = load_model(path, torch.float32, device)
+        models["reference"] = load_model(path, torch.float32, device, compiled=cfg.compile)
     vocab_size = min(len(lm_head(model)) for model in models.values())
     positions = min(model.config.max_position_embeddings for model in models.values())
     limits = positions, vocab_size

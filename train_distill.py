@@ -105,6 +105,7 @@ class Config:
     gradient_checkpointing: bool = (
         False  # store layers' inputs only, run them again in the backward
     )
+    compile: bool = False  # torch.compile the layers, for training: a minute once, then faster
     # evaluation on a fixed held-out set
     eval_data: str = "data/math500.jsonl"
     eval_every: int = 30  # steps; 0: never
@@ -404,7 +405,9 @@ def load_models(cfg, trajectories, device):
             tokenizer.chat_template = template.chat_template
     dtype = getattr(torch, cfg.dtype)
     host = "cpu" if cfg.fsdp else device  # sharding moves a layer at a time
-    student = load_model(cfg.student, torch.float32, host, cfg.gradient_checkpointing)
+    student = load_model(
+        cfg.student, torch.float32, host, cfg.gradient_checkpointing, cfg.compile
+    )
     models, heads = [student], [lm_head(student)]
     teacher, head_p, teacher_generation = None, None, None
     if trajectories and trajectories.cached:
@@ -414,7 +417,7 @@ def load_models(cfg, trajectories, device):
         head_p, teacher_generation = load_head(cfg.teacher, trajectories, dtype, device)
         heads.append(head_p)
     elif cfg.teacher:
-        teacher = load_model(cfg.teacher, dtype, host).requires_grad_(False)
+        teacher = load_model(cfg.teacher, dtype, host, compiled=cfg.compile).requires_grad_(False)
         teacher_generation = teacher.generation_config
         models.append(teacher)
         heads.append(lm_head(teacher))
@@ -435,7 +438,7 @@ def load_models(cfg, trajectories, device):
     for model in models if cfg.fsdp else ():
         shard(model, dtype)
     # Whoever loads a checkpoint stops there too.
-    student.generation_config.eos_token_id = stops["student"]
+    student.generation_config.eos_token_id = student_ids
     return Models(
         student, teacher, head_p, dtype, tokenizer, template, vocab_size, positions, stops
     )

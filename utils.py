@@ -156,6 +156,11 @@ _RANGES = (  # what a key of this name may be, in every config that has it; None
         "fsdp",
     ),
     (
+        "needs a C++ compiler: install g++, or name yours in CXX",
+        lambda x: not x or shutil.which(os.environ.get("CXX", "g++")),
+        "compile",
+    ),
+    (
         "must be positive",
         lambda x: x > 0,
         """

@@ -174,11 +174,12 @@ def test_four_processes_and_resume(tmp_path):
 @pytest.mark.slow
 def test_sharded_in_every_way(tmp_path, trajectories, untied):
     """
-    On two processes: an LM head of its own, gradient checkpointing, hard labels, a teacher that
-    writes in each step, means by sequence, bf16.
+    On two processes: an LM head of its own, gradient checkpointing, compiled layers, hard labels, a
+    teacher that writes in each step, means by sequence, bf16.
     """
     ways = {"untied": [*options("toy_opd"), f"--student={untied}",
                        "--gradient_checkpointing=True"],
+            "compiled": [*options("toy_opd"), "--gradient_checkpointing=True", "--compile=True"],
             "hard": options("toy_hard_sft", trajectories),
             "writes": ["configs/toy_sft.py", *TEN, "--trajectories=None", "--loss_norm=sequence",
                        "--max_steps=3"]}

@@ -1,0 +1,99 @@
+"""
+compile = True: the layers give the same numbers and gradients, are compiled a few times whatever
+the lengths, and rollouts run them as they are.
+"""
+
+import functools
+import sys
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import rl_grpo
+import train_distill
+from engine import HFEngine, Sampling
+from models import load_model, response_hidden
+from utils import UserError, check_ranges, read_lines
+
+ROWS = [(4, 40), (7, 25), (12, 90), (1, 33), (2, 50)]
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Layers are traced and differentiated, but no program is built: that takes half a minute."""
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+
+def graphs():
+    return counters["stats"]["unique_graphs"]
+
+
+def batch(rows, length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(48, 58, (rows, length), generator=generator).tolist()
+    return [(row[: 3 + i % 2], row[3 + i % 2 :]) for i, row in enumerate(ids)]
+
+
+@pytest.mark.parametrize("recompute, dtype", [(False, torch.float32), (True, torch.bfloat16)])
+def test_same_numbers_and_no_compiling_for_each_length(traced, recompute, dtype):
+    plain = load_model("data/toy/student", torch.float32)
+    ours = load_model("data/toy/student", torch.float32, "cpu", recompute, compiled=True)
+    for shape in ROWS:
+        found = []
+        for model in (plain, ours):
+            hidden = response_hidden(model, batch(*shape), dtype)
+            hidden.float().square().sum().backward()
+            found.append([hidden, *(weight.grad for weight in model.parameters())])
+            model.zero_grad()
+        for x, y in zip(*found):
+            scale = x.float().abs().max()
+            assert (x - y).abs().max() <= (1e-5 if dtype == torch.float32 else 2e-2) * scale
+    made = graphs()
+    assert 3 <= made <= 12                               # attention, MLP, norm; B = 1 is its own
+    for rows, length in ROWS:
+        response_hidden(ours, batch(rows, length + 1), dtype).float().sum().backward()
+    assert graphs() == made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rollouts_are_not_compiled(traced, dtype):
+    """Neither with the model itself nor with a copy of it, and it is compiled again after them."""
+    plain = load_model("data/toy/student", torch.float32)
+    ours = load_model("data/toy/student", torch.float32, compiled=True)
+    prompts, sampling = [[258, 51, 43, 52, 63, 259]] * 3, Sampling(24, (257, 260))
+    wrote = [HFEngine(model, dtype=dtype, vocab_size=272).generate(prompts, sampling, [1, 2, 3])
+             for model in (plain, ours)]
+    assert wrote[0] == wrote[1] and graphs() == 0
+    response_hidden(ours, batch(4, 20))
+    assert graphs() > 0
+
+
+def test_both_stages_read_the_key(traced, tmp_path):
+    """Loss and gradient of runs with and without it, to rounding."""
+    for script, argv in ((train_distill, ["configs/toy_opd.py", "--batch_size=4"]),
+                         (rl_grpo, ["configs/toy_grpo.py", "--student=data/toy/student",
+                                    "--prompts_per_step=1", "--kl_coef=0.1"])):
+        found = []
+        for on in (False, True):
+            out = tmp_path / f"{script.__name__}_{on}"
+            script.main([*argv, "--max_steps=1", "--max_new_tokens=16", "--eval_every=0",
+                         f"--compile={on}", f"--out_dir={out}"])
+            rows = [row for row in read_lines(out / "metrics.jsonl") if "loss" in row]
+            found += [(row["loss"], row["grad_norm"]) for row in rows]
+            assert (graphs() > 0) == on
+        assert found[0] == pytest.approx(found[1], rel=1e-4) and len(found) == 2
+        counters.clear()
+        torch._dynamo.reset()
+
+
+def test_without_a_compiler(monkeypatch):
+    cfg = train_distill.Config(compile=True)
+    monkeypatch.setenv("CXX", "none-at-all")
+    with pytest.raises(UserError, match="compile=True: needs a C.. compiler: install g"):
+        check_ranges(cfg)
+    check_ranges(train_distill.Config())
+    monkeypatch.setenv("CXX", sys.executable)
+    check_ranges(cfg)
