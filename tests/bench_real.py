@@ -36,14 +36,19 @@ STEPS, WARMUP = 6, 2
 PHASES = ("rollout", "teacher", "student", "optimizer")
 
 
-def ours(dtype, folder):
+def ours(dtype, folder, *options):
     """Rows of metrics.jsonl."""
     train_distill.main([
         "configs/smollm_pruned.py", f"--student={STUDENT}", f"--teacher={TEACHER}",
         f"--dtype={dtype}", f"--batch_size={BATCH}", f"--max_new_tokens={NEW_TOKENS}",
         f"--max_steps={STEPS}", "--eval_every=0", "--save_every=1000", "--learning_rate=1e-6",
-        f"--out_dir={folder}/ours"])
+        f"--out_dir={folder}/ours", *options])
     return utils.read_lines(f"{folder}/ours/metrics.jsonl")
+
+
+def compiled(dtype, folder):
+    """The same with compile = True."""
+    return ours(dtype, folder, "--compile=True")
 
 
 def trl(dtype, folder):
@@ -81,10 +86,10 @@ def one(who, dtype, out):
     """A measurement, in a process of its own."""
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as folder:
-        rows = {"ours": ours, "TRL": trl}[who](dtype, folder)
+        rows = {"ours": ours, "compiled": compiled, "TRL": trl}[who](dtype, folder)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6       # GB on Linux
     report = {"rows": rows[WARMUP:], "peak_gb": peak}
-    if who == "ours":
+    if who != "TRL":
         report["floors"] = floors(dtype, rows[-1])
     Path(out).write_text(json.dumps(report))
 
@@ -97,7 +102,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for dtype in ("bfloat16", "float32"):
             for _ in range(rounds):
-                for who in ("ours", "TRL"):
+                for who in ("ours", "compiled", "TRL"):
                     out = Path(folder, "one.json")
                     run = subprocess.run([sys.executable, __file__, "--one", who, dtype, str(out)],
                                          capture_output=True, text=True)
@@ -114,7 +119,7 @@ def main():
         rows = [row for run in runs for row in run["rows"]]
         numbers = {"seconds": statistics.median(row["seconds"] for row in rows),
                    "peak_gb": statistics.median(run["peak_gb"] for run in runs)}
-        if name.startswith("ours"):
+        if not name.startswith("TRL"):
             for phase in PHASES:
                 numbers[phase] = statistics.median(row[f"{phase}_seconds"] for row in rows)
             numbers["floors"] = {
@@ -124,12 +129,14 @@ def main():
         phases = ", ".join(f"{phase} {numbers[phase]:.1f}" for phase in PHASES if phase in numbers)
         print(f"{name:<18}{numbers['seconds']:>9.2f}{numbers['peak_gb']:>9.2f}  {phases}")
     for dtype in ("bfloat16", "float32"):
-        own, other = summary[f"ours {dtype}"], summary.get(f"TRL {dtype}")
+        of_machine = summary[f"ours {dtype}"]["floors"].items()
         print(f"{dtype}: floors in seconds: " + ", ".join(
-            f"{part} {seconds:.2f}" for part, seconds in own["floors"].items()))
-        if other:
-            print(f"{dtype}: TRL / ours: {other['seconds'] / own['seconds']:.2f}; memory ours / TRL"
-                  f": {own['peak_gb'] / other['peak_gb']:.2f}")
+            f"{part} {seconds:.2f}" for part, seconds in of_machine))
+        other = summary.get(f"TRL {dtype}")
+        for who in ("ours", "compiled") if other else ():
+            own = summary[f"{who} {dtype}"]
+            print(f"{dtype}: TRL / {who}: {other['seconds'] / own['seconds']:.2f}; memory {who} / "
+                  f"TRL: {own['peak_gb'] / other['peak_gb']:.2f}")
     Path("out").mkdir(exist_ok=True)
     Path("out/bench_real.json").write_text(json.dumps(summary, indent=1))
 
