@@ -53,14 +53,13 @@ def load_model(path, dtype, device="cpu", recompute=False, compiled=False):
         )
         if info["missing_keys"]:
             raise ValueError(f"it lacks {min(info['missing_keys'])}, which would be random")
-        layers = model.base_model.layers
-        for layer in layers if recompute else ():
-            layer.forward = functools.partial(
-                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
-            )
-        # Not a layer as a whole, for around its forward are recomputation and FSDP.
-        for layer in layers if compiled else ():
-            for part in layer.children():
+        for layer in model.base_model.layers if recompute or compiled else ():
+            if recompute:
+                layer.forward = functools.partial(
+                    checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+                )
+            # Not the layer as a whole, for around its forward are recomputation and FSDP.
+            for part in layer.children() if compiled else ():
                 part.compile(dynamic=True)
     check_head(model, path)
     try:
