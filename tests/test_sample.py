@@ -187,9 +187,9 @@ def test_cached_equals_run(train, shards, tmp_path, monkeypatch):
     """
     plain, loaded = models.load_model, []
 
-    def load_model(path, *args):
+    def load_model(path, *args, **options):
         loaded.append(str(path))
-        return plain(path, *args)
+        return plain(path, *args, **options)
 
     run = make(tmp_path / "run", "--cache_hidden=False")
     rounded = shutil.copytree(shards, tmp_path / "bf16")
