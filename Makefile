@@ -62,7 +62,7 @@ real-pruned: .venv/installed-real
 
 # Two halves side by side, a thread each: the models are too small for a second one. The first has
 # most of the tests that start processes of their own.
-PROCESSES = tests/test_distributed.py tests/test_sample.py tests/test_vllm.py
+PROCESSES = tests/test_distributed.py tests/test_sample.py tests/test_vllm.py tests/test_compile.py
 
 test: lint .venv/installed-vllm
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 test-processes test-others
