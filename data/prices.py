@@ -21,14 +21,10 @@ The script writes, under data/prices/: train.jsonl and test.jsonl, no two proble
 same things; teacher/ and student/. Tokenizer, stop ids and padding are those of data/toy.py.
 """
 
-import argparse
-import json
 import random
 import string
 import sys
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a program, it finds the repository
 import kernels  # noqa: E402, F401  (before transformers, which looks for a package of that name)
@@ -130,28 +126,10 @@ def documents(name):
     return draw
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--rebuild", action="store_true", help="train teacher and base student again"
-    )
-    args = parser.parse_args()
-
-    ROOT.mkdir(exist_ok=True)
-    for name, rows in make_problems().items():
-        lines = [json.dumps(row) + "\n" for row in rows]
-        (ROOT / f"{name}.jsonl").write_text("".join(lines))
-
-    torch.set_num_threads(1)        # the same rounding, so the same weights, on any number of cores
-    for name, spec in SPECS.items():
-        if args.rebuild:
-            model, _ = toy.pretrain(
-                spec, documents(name), batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE)
-            model.to(torch.bfloat16).save_pretrained(ROOT / name)
-        toy.export_tokenizer(toy.make_encoding(), spec["stop"]).save_pretrained(ROOT / name)
+def train(name, spec):
+    return toy.pretrain(
+        spec, documents(name), batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE)[0]
 
 
 if __name__ == "__main__":
-    main()
+    toy.build(__doc__, ROOT, make_problems(), SPECS, train)

@@ -300,27 +300,30 @@ def pretrain(spec, draw, batch_size=64, seed=SEED, learning_rate=2e-3):
     return model, loss.item()
 
 
-def main():
+def build(description, root, files, specs, train):
+    """
+    A toy world's script: problems (`files`, as of `make_problems`) and tokenizers go to `root`;
+    with --rebuild also a model for each of `specs`, which train(name, spec) returns.
+    """
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--rebuild", action="store_true", help="train teacher and base student again"
     )
     args = parser.parse_args()
 
-    ROOT.mkdir(exist_ok=True)
-    for name, rows in make_problems().items():
+    root.mkdir(exist_ok=True)
+    for name, rows in files.items():
         lines = [json.dumps(row) + "\n" for row in rows]
-        (ROOT / f"{name}.jsonl").write_text("".join(lines))
+        (root / f"{name}.jsonl").write_text("".join(lines))
 
     torch.set_num_threads(1)        # the same rounding, so the same weights, on any number of cores
-    for name, spec in SPECS.items():
+    for name, spec in specs.items():
         if args.rebuild:
-            model, _ = pretrain(spec, sums())
-            model.to(torch.bfloat16).save_pretrained(ROOT / name)
-        export_tokenizer(make_encoding(), spec["stop"]).save_pretrained(ROOT / name)
+            train(name, spec).to(torch.bfloat16).save_pretrained(root / name)
+        export_tokenizer(make_encoding(), spec["stop"]).save_pretrained(root / name)
 
 
 if __name__ == "__main__":
-    main()
+    build(__doc__, ROOT, make_problems(), SPECS, lambda name, spec: pretrain(spec, sums())[0])
