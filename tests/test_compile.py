@@ -20,11 +20,12 @@ ROWS = [(4, 40), (7, 25), (12, 90), (1, 33), (2, 50)]
 
 
 @pytest.fixture
-def traced(monkeypatch):
-    """Layers are traced and differentiated, but no program is built: that takes half a minute."""
+def traced(monkeypatch, request):
+    """Layers are traced, but no program is built: that takes half a minute."""
     torch._dynamo.reset()
     counters.clear()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    backend = getattr(request, "param", "eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
 
 
 def graphs():
@@ -37,6 +38,7 @@ def batch(rows, length, seed=0):
     return [(row[: 3 + i % 2], row[3 + i % 2 :]) for i, row in enumerate(ids)]
 
 
+@pytest.mark.parametrize("traced", ["aot_eager"], indirect=True)  # differentiated, too
 @pytest.mark.parametrize("recompute, dtype", [(False, torch.float32), (True, torch.bfloat16)])
 def test_same_numbers_and_no_compiling_for_each_length(traced, recompute, dtype):
     plain = load_model("data/toy/student", torch.float32)
