@@ -1,5 +1,5 @@
-# prices_cells.py - what the runs of cells.py have in common, on the world of data/prices.py. It
-# sets prefix, reverse_weight, max_new_tokens and stop itself.
+# prices_cells.py - what the runs of cells.py have in common, on the world of data/prices.py;
+# cells.py sets prefix, reverse_weight, max_new_tokens and stop.
 from configs.toy_opd import *
 
 student = "data/prices/student"

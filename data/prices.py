@@ -1,46 +1,49 @@
 """
-A second toy world, for the paper's comparisons: in it none of the claims is decided before the run.
+A second toy world, for the paper's comparisons: none of their claims is decided before the run.
 
     python data/prices.py              # problems and tokenizers, a second; compare with git diff
     python data/prices.py --rebuild    # teacher and base student too, about 15 minutes on a core
 
 A shop has 26 things, a to z, and a model has to know by heart what each costs, 1 to 9. A problem
-is a sum of money and six or seven things: "47+k+b+d?" (with three). A solution adds their prices
-one at a time, modulo 100, in any order, and does it all again in another:
+is a sum of money and six or seven things: "47+k+b+d?" (here three, for short). A solution adds
+their prices one at a time, modulo 100, in any order, and does it all again in another:
 
-    k+4=51b+3=54d+9=63
-    d+9=56k+4=60b+3=63\\boxed{63}
+    k+4=51b+5=56d+2=58
+    d+2=49k+4=53b+5=58\\boxed{58}
 
-So every step is the same operation, and six tokens of a response teach something that counts in all
-of it, thirteen times as long. A price that a model does not know is in every solution of a problem,
-whatever the order: so some problems are out of its reach, and Pass@k is less than 1. Such things
-were in its pretraining with a right and a wrong price, in a proportion of their own for each thing.
-The teacher has some, too, so that no run comes near what is possible.
+Every step is the same operation, so a prefix of one step, six tokens, teaches something that
+counts in the 12 or 14 steps of a response. Some things had a right and a wrong price in
+pretraining, each with a chance of its own (UNSURE). A problem with several of them is rarely
+solved, so Pass@k stays below 1. The teacher, too, is unsure of four, which bounds what imitation
+can reach. Lengths are the same for all who solve a problem: they differ where responses do not end.
 
 The script writes, under data/prices/: train.jsonl and test.jsonl, no two problems of which have the
-same things; teacher/ and student/. Tokenizer, stop ids and padding are those of data/toy.py.
+same things; teacher/ and student/. Tokenizer, stop ids and padding are those of data/toy.py. After
+a change to prices or problems give --rebuild. Weights repeat on the same CPU and torch.
 """
 
+import math
 import random
 import string
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a program, it finds the repository
-import kernels  # noqa: E402, F401  (before transformers, which looks for a package of that name)
+import kernels  # noqa: E402, F401  (before transformers, which imports a package of that name)
 from data import toy  # noqa: E402
 
 ROOT = Path(__file__).parent / "prices"
 SEED = 42
 THINGS = string.ascii_lowercase
 COUNTS = (6, 7)                     # of things in a problem; in pretraining also fewer
-PRETRAINING_COUNTS = range(2, 8)
+PRETRAINING_COUNTS = range(2, max(COUNTS) + 1)
 PASSES = 2
-# The chances that a document has the right price, of the things that a model knows in part.
+# The chances that a document has the right price, of the things that a model knows in part. They
+# are drawn in turn: after a change to the student's, rebuild the teacher too.
 UNSURE = {"student": (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95),
           "teacher": (0.15, 0.15, 0.85, 0.85)}
 
-# Models of the same sizes as in data/toy.py.
+# As in data/toy.py, but the student trains longer: its room is in the prices.
 SPECS = {
     "student": dict(toy.SPECS["student"], steps=3500),
     "teacher": toy.SPECS["teacher"],
@@ -93,6 +96,7 @@ def solve(money, things, rng, prices=PRICES):
 
 def make_problems(train=3000, test=256, seed=SEED):
     """{file name: rows}; no two problems have the same things."""
+    assert train + test < sum(math.comb(len(THINGS), count) for count in COUNTS) / 2
     rng = random.Random(seed)
     files = {}
     used = set()
@@ -111,7 +115,10 @@ def make_problems(train=3000, test=256, seed=SEED):
 
 
 def documents(name):
-    """For `toy.pretrain`: what the model of this name is trained on."""
+    """
+    What the model of this name is pretrained on: a function of a random generator that gives
+    (problem, solution), or None for what is held out.
+    """
     held_out = {frozenset(row["problem"][:-1].split("+")[1:]) for row in make_problems()["test"]}
     known = KNOWN[name]
 
@@ -126,10 +133,10 @@ def documents(name):
     return draw
 
 
-def train(name, spec):
+def pretrain(name, spec):
     return toy.pretrain(
         spec, documents(name), batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE)[0]
 
 
 if __name__ == "__main__":
-    toy.build(__doc__, ROOT, make_problems(), SPECS, train)
+    toy.build(__doc__, ROOT, make_problems(), SPECS, pretrain)

@@ -2,7 +2,7 @@
 The toy world: everything the demo reads, made from one seed, without a network.
 
     python data/toy.py              # problems and tokenizer, a second; compare with git diff
-    python data/toy.py --rebuild    # teacher and base student as well, about 20 minutes on 2 cores
+    python data/toy.py --rebuild    # teacher and base student as well, about 20 minutes on a core
 
 A problem is "add these n digits modulo 10": the answer to "3+4+9?" is 6, and n is how hard it is. A
 solution makes one addition at a time, in any order, and sometimes does the whole sum again in

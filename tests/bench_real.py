@@ -18,13 +18,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench_step import trl_steps  # noqa: E402  (beside this file)
+from bench_decode import machine  # noqa: E402  (beside this file)
+from bench_step import trl_steps  # noqa: E402
 
 import models  # noqa: E402
 import train_distill  # noqa: E402  (needs the repository on the path)
@@ -63,19 +63,8 @@ def floors(dtype, row):
     the student's weights once for each of the tokens that are decoded one after the other.
     """
     dtype = getattr(torch, dtype)
-    a, b = torch.randn(4096, 1024).to(dtype), torch.randn(1024, 4096).to(dtype)
-    weights = torch.randn(1 << 28 if dtype == torch.bfloat16 else 1 << 27).to(dtype)  # 0.5 GB
-    gemm, read = [], []
-    for _ in range(7):
-        start = time.perf_counter()
-        a @ b
-        gemm.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        weights.sum()
-        read.append(time.perf_counter() - start)
-    flops = 2 * 4096 * 1024 * 4096 / statistics.median(gemm)
-    bytes_per_second = weights.nbytes / statistics.median(read)
-    size = torch.finfo(dtype).bits // 8
+    flops, bytes_per_second = machine(dtype)
+    size = dtype.itemsize
     student = sum(p.numel() for p in models.load_model(STUDENT, dtype).parameters())
     update = (3 * row["student_flops"] + row["teacher_flops"]) / flops
     return {"GEMMs of the update": update, "GEMMs of the rollout": row["student_flops"] / flops,

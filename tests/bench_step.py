@@ -26,13 +26,14 @@ import torch
 from transformers import Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from bench_decode import CASES, decoding  # noqa: E402  (beside this file)
+
 import models  # noqa: E402
 import sample  # noqa: E402  (needs the repository on the path)
 import train_distill  # noqa: E402
 import utils  # noqa: E402
 from data import toy  # noqa: E402
-from data.problems import encode_prompt, load_problems, load_tokenizer
-from engine import HFEngine, Sampling  # noqa: E402
+from data.problems import load_problems, load_tokenizer  # noqa: E402
 from estimate import without_weights  # noqa: E402
 from models import forward_flops  # noqa: E402
 
@@ -66,11 +67,10 @@ def train(out, config, *argv):
 
 
 def our_steps(student, teacher, folder):
-    """Seconds of each on-policy step, and its mean response length."""
-    rows, seconds = train(
+    """Rows of the metrics of on-policy steps, and the seconds of each step."""
+    return train(
         folder / "ours", "configs/toy_opd.py", f"--student={student}", f"--teacher={teacher}",
         "--learning_rate=1e-6", f"--batch_size={PROMPTS}", f"--max_new_tokens={NEW_TOKENS}")
-    return seconds, [row["mean_length"] for row in rows]
 
 
 def trl_steps(student, teacher, path, batch_size, new_tokens, steps, dtype, folder, stops=None):
@@ -110,36 +110,6 @@ def trl_steps(student, teacher, path, batch_size, new_tokens, steps, dtype, fold
     return seconds
 
 
-def decoding(student):
-    """Median seconds for 64 responses by our decode loop, and by model.generate."""
-    model = models.load_model(student, torch.float32)
-    tokenizer = load_tokenizer(student)
-    problems = load_problems("data/toy/train.jsonl")[:PROMPTS]
-    prompts = [encode_prompt(tokenizer, problem["problem"]) for problem in problems]
-    engine = HFEngine(model, vocab_size=272)
-    sampling = Sampling(NEW_TOKENS, STOPS)
-    tokenizer.padding_side = "left"
-    padded = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
-
-    def theirs(seed):
-        torch.manual_seed(seed)
-        with torch.inference_mode():
-            model.generate(
-                **padded, do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
-                max_new_tokens=NEW_TOKENS, eos_token_id=list(STOPS), pad_token_id=STOPS[0])
-
-    def ours(seed):
-        engine.generate(prompts, sampling, [seed * 1000 + i for i in range(PROMPTS)])
-
-    times = {"ours": [], "model.generate": []}
-    for seed in range(25):                               # in turn: noise of the machine hits both
-        for name, call in (("ours", ours), ("model.generate", theirs)):
-            start = time.perf_counter()
-            call(seed)
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[4:]) for name, values in times.items()}
-
-
 def cached_steps(folder, cached):
     """
     Seconds of each teacher-prefix step, and those of them for reading shards, from trajectories
@@ -171,16 +141,17 @@ def flops_ratio():
 
 def measure():
     """The report: medians of everything."""
-    ours, theirs, lengths = [], [], []
+    ours, theirs, rows = [], [], []
     run, cached, reading = [], [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         student, teacher = make_models(folder)
-        decoding_seconds = decoding(student)
+        *toy, rounds = CASES[0]
+        _, decoding_seconds, _, _ = decoding(*toy, rounds=rounds)
         for _ in range(ROUNDS):
-            seconds, mean_lengths = our_steps(student, teacher, folder)
+            of_steps, seconds = our_steps(student, teacher, folder)
             ours += seconds
-            lengths += mean_lengths
+            rows += of_steps
             with contextlib.suppress(ImportError):
                 theirs += trl_steps(student, teacher, "data/toy/train.jsonl", PROMPTS, NEW_TOKENS,
                                     WARMUP + STEPS, "float32", folder, list(STOPS))[WARMUP:]
@@ -202,7 +173,9 @@ def measure():
             "cached": statistics.median(cached), "run": statistics.median(run),
             "reading": statistics.median(reading)},
         "step_seconds": step_seconds,
-        "mean_response_tokens": statistics.mean(lengths)}
+        "phase_seconds": {
+            phase: statistics.median(row[f"{phase}_seconds"] for row in rows) for phase in PHASES},
+        "mean_response_tokens": statistics.mean(row["mean_length"] for row in rows)}
 
 
 def print_row(what, ours, theirs):
@@ -221,6 +194,8 @@ def main():
         print_row("on-policy step (TRL DistillationTrainer)", step["ours"], step["TRL"])
     else:
         print(f"{'on-policy step (TRL is not installed)':<44}{step['ours']:>8.3f}")
+    for phase, seconds in report["phase_seconds"].items():
+        print(f"  {phase:<42}{seconds:>8.3f}")
     print_row("teacher-prefix step, cached (teacher run)", prefix["cached"], prefix["run"])
     print(f"{'  FLOPs, Qwen3-4B -> 0.6B (B 32, P 92, R 128)':<60}{flops_ratio():>13.2f}")
     share = prefix["reading"] / prefix["cached"]
