@@ -10,11 +10,10 @@ or the whole grid on GPUs.
                                                          # after make real; hours
     python cells.py --base configs/opd_4b.py --rl --gpus 0,1,2,3,4,5,6,7    # the paper's grid
 
-Each run is a folder out/cells/SEED/NAME (out/cells_smollm, or out/cells_opd_4b of these; --world
-toy, with the models and problems of the demo, out/cells_toy). Names are prefix_lam_horizon_stop;
-hard_horizon_stop, SFT on the teacher's tokens alone; curriculum_stop; strict_stop, a curriculum
-with a higher floor that rolls back; grpo_prefix_lam_horizon; and, with --base, eval_NAME, a run's
-last checkpoint on the benchmarks.
+Each run is a folder out/cells/SEED/NAME (out/cells_smollm, or out/cells_opd_4b of these). Names are
+prefix_lam_horizon_stop; hard_horizon_stop, SFT on the teacher's tokens alone; curriculum_stop;
+strict_stop, a curriculum with a higher floor that rolls back; grpo_prefix_lam_horizon; and, with
+--base, eval_NAME, a run's last checkpoint on the benchmarks.
 
 Every run is a process on a GPU of its own (without --gpus: on a thread), and begins when those that
 it needs have ended. A finished run is not run again, and one that was cut short goes on from its
@@ -84,7 +83,7 @@ class World:
 
 def small_world(name):
     """
-    One of the toy worlds, that of data/prices.py ("prices") or the demo's ("toy"), or the real
+    A toy world, that of data/prices.py ("prices") or the demo's ("toy", for stops.py), or the real
     language model of make real ("smollm").
     """
     curriculum = runpy.run_path(f"configs/{name}_curriculum.py")
@@ -93,8 +92,6 @@ def small_world(name):
         [f"configs/{name}_sample.py"], [f"configs/{name}_grpo.py"], [], curriculum["horizons"])
     if name != "prices":
         world.out = Path(f"out/cells_{name}")
-    if name == "toy":
-        world.grpo += ["--eval_data=data/toy/hard.jsonl", "--eval_every=25"]
     if name == "smollm":
         world.lams = (0, 0.2, 0.5, 1)
         world.hard = True
@@ -741,7 +738,7 @@ def main(argv=None):
     parser.add_argument("--jobs", type=int, help="without --gpus: runs at a time, on one thread "
                                                  "each; default as many as there are cores")
     parser.add_argument("--gpus", help="a run at a time on each of these, as 0,1,2,3")
-    parser.add_argument("--world", choices=["prices", "toy", "smollm"], default="prices")
+    parser.add_argument("--world", choices=["prices", "smollm"], default="prices")
     parser.add_argument("--base", help="in place of a world: a config of on-policy distillation, "
                                        "for the paper's runs and its table")
     parser.add_argument("--short", type=int, default=128, help="the short horizon, with --base")

@@ -1,5 +1,5 @@
-# toy_cells.py - what the runs of cells.py and stops.py on the demo's world have in common; those scripts
-# set prefix, reverse_weight, max_new_tokens and stop.
+# toy_cells.py - what the runs of stops.py have in common, on the demo's world; it sets prefix,
+# reverse_weight, max_new_tokens and stop.
 from configs.toy_opd import *
 
 eval_data = "data/toy/hard.jsonl"   # on the middle problems Pass@8 is near 1 for everyone
