@@ -1,6 +1,6 @@
 # make demo       a small student learns from a teacher (on a CPU, in minutes)
 # make rl-demo    the same, and GRPO after it
-# make cells      the paper's comparisons on the toy world
+# make cells      the paper's comparisons on a toy world
 # make real       the same story on a real language model (CPU, 23 to 30 minutes)
 # make test       lint and tests
 #
@@ -22,7 +22,7 @@ rl-demo: demo
 	$(BIN)/python plot.py out/toy_opd out/toy_grpo --y accuracy entropy length reward_mean \
 		--out out/toy_grpo/curves.png
 
-# The paper's comparisons: 36 runs (half an hour on 2 cores), then figures, a table and the paper's
+# The paper's comparisons: 36 runs (17 minutes on 2 cores), then figures, a table and the paper's
 # claims, all in out/cells. paper-toy has more seeds, GRPO from eight end points for each, and stops.
 # After an interruption give the command again: finished runs are kept.
 SEEDS ?= 42,43,44
@@ -34,8 +34,8 @@ paper-toy: .venv/installed
 	$(BIN)/python cells.py --rl --seeds $(subst $(comma), ,$(SEEDS))
 	$(BIN)/python stops.py --seeds $(subst $(comma), ,$(SEEDS))
 
-# What causes the collapse: six conditions in which only the end of a response differs, on the toy
-# world, hours for three seeds; then on the real model.
+# What causes the collapse: six conditions in which only the end of a response differs, on the
+# demo's world, hours for three seeds; then on the real model.
 stops: .venv/installed
 	$(BIN)/python stops.py --seeds $(subst $(comma), ,$(SEEDS))
 

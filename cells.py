@@ -3,9 +3,9 @@ The paper's comparisons: prefix source, KL direction, mixing, horizon and curric
 or the whole grid on GPUs.
 
     python cells.py                                      # make cells: 36 runs on the toy world of
-                                                         # data/prices.py, half an hour on 2 cores
+                                                         # data/prices.py, 17 minutes on 2 cores
     python cells.py --rl --seeds 42 43 44                # make paper-toy: three seeds, and GRPO
-                                                         # from eight end points each; hours
+                                                         # from eight end points each; 70 minutes
     python cells.py --world smollm --rl                  # make real-cells: a real language model,
                                                          # after make real; hours
     python cells.py --base configs/opd_4b.py --rl --gpus 0,1,2,3,4,5,6,7    # the paper's grid

@@ -1,7 +1,7 @@
 """
 Where may a response end, and is that what makes responses long and sure? An intervention.
 
-    python stops.py --seeds 42 43 44         # make stops: 108 runs on the toy world, hours
+    python stops.py --seeds 42 43 44         # make stops: 108 runs on the demo's world, hours
     python stops.py --world smollm --seeds 42 43 44     # make real-stops: a real language model
     python stops.py --seeds 42 43 44 --report           # of what is finished; runs nothing
 
