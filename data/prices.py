@@ -2,7 +2,7 @@
 A second toy world, for the paper's comparisons: none of their claims is decided before the run.
 
     python data/prices.py              # problems and tokenizers, a second; compare with git diff
-    python data/prices.py --rebuild    # teacher and base student too, about 15 minutes on a core
+    python data/prices.py --rebuild    # teacher and base student too, about 10 minutes on a core
 
 A shop has 26 things, a to z, and a model has to know by heart what each costs, 1 to 9. A problem
 is a sum of money and six or seven things: "47+k+b+d?" (here three, for short). A solution adds
