@@ -57,15 +57,15 @@ def sample_tokens(logits, uniforms, sampling):
         scaled, ids = logits / sampling.temperature, None
         if sampling.top_k or sampling.top_p < 1:
             kept = sampling.top_k or None
-            ranked = scaled.sort(dim=-1, descending=True, stable=True)
+            ranked = scaled.sort(descending=True, stable=True)
             scaled, ids = (values[:, :kept] for values in ranked)
         # The sum is in fp64: over 150k fp32 probabilities it would lose the tail.
-        probs = torch.softmax(scaled, -1)
-        cdf = probs.cumsum(-1, dtype=torch.float64)
+        probs = torch.softmax(scaled, -1).double()
+        cdf = probs.cumsum(-1)
         if sampling.top_p < 1:  # drop a token when those before it already hold top_p
             probs = probs.masked_fill(cdf - probs >= sampling.top_p, 0)
-            cdf = probs.cumsum(-1, dtype=torch.float64)
-        target = uniforms.double()[:, None] * cdf[:, -1:]
+            cdf = probs.cumsum(-1)
+        target = uniforms[:, None] * cdf[:, -1:]
         choice = torch.searchsorted(cdf, target, right=True).clamp_(max=cdf.shape[-1] - 1)
         tokens = (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
     return tokens, logps.gather(-1, tokens[:, None]).squeeze(-1)
