@@ -23,7 +23,7 @@ rl-demo: demo
 		--out out/toy_grpo/curves.png
 
 # The paper's comparisons: 36 runs (17 minutes on 2 cores), then figures, a table and the paper's
-# claims, all in out/cells. paper-toy has more seeds, GRPO from eight end points for each, and stops.
+# claims, all in out/cells. paper-toy has more seeds, GRPO from 16 end points for each, and stops.
 # After an interruption give the command again: finished runs are kept.
 SEEDS ?= 42,43,44
 comma = ,

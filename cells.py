@@ -5,15 +5,15 @@ or the whole grid on GPUs.
     python cells.py                                      # make cells: 36 runs on the toy world of
                                                          # data/prices.py, 17 minutes on 2 cores
     python cells.py --rl --seeds 42 43 44                # make paper-toy: three seeds, and GRPO
-                                                         # from eight end points each; 70 minutes
+                                                         # from 16 end points each; 85 minutes
     python cells.py --world smollm --rl                  # make real-cells: a real language model,
                                                          # after make real; hours
     python cells.py --base configs/opd_4b.py --rl --gpus 0,1,2,3,4,5,6,7    # the paper's grid
 
 Each run is a folder out/cells/SEED/NAME (out/cells_smollm, or out/cells_opd_4b of these). Names are
 prefix_lam_horizon_stop; hard_horizon_stop, SFT on the teacher's tokens alone; curriculum_stop;
-strict_stop, a curriculum with a higher floor that rolls back; grpo_prefix_lam_horizon; and, with
---base, eval_NAME, a run's last checkpoint on the benchmarks.
+strict_stop, a curriculum with a higher floor that rolls back; grpo_prefix_lam_horizon, with _stop
+where that is not union; and, with --base, eval_NAME, a run's last checkpoint on the benchmarks.
 
 Every run is a process on a GPU of its own (without --gpus: on a thread), and begins when those that
 it needs have ended. A finished run is not run again, and one that was cut short goes on from its
@@ -173,15 +173,21 @@ def distillation_runs(world):
     return runs
 
 
+def grpo_name(prefix, lam, horizon, stop):
+    return f"grpo_{prefix}_{lam}_{horizon}" + ("" if stop == "union" else f"_{stop}")
+
+
 def grpo_runs(world, folder):
     """{name: (name of the run it begins from, arguments of rl_grpo.py)}: from each corner."""
     runs = {}
-    for prefix in PREFIXES:
-        for _, lam in DIRECTIONS:
-            for horizon in (world.short, world.long):
-                start = name_of(prefix, lam, horizon, world.stops[0])
-                runs[f"grpo_{prefix}_{lam}_{horizon}"] = (
-                    start, [*world.grpo, f"--student={folder / start / 'last'}"])
+    for stop in world.stops:
+        for prefix in PREFIXES:
+            for _, lam in DIRECTIONS:
+                for horizon in (world.short, world.long):
+                    start = name_of(prefix, lam, horizon, stop)
+                    argv = [*world.grpo, f"--student={folder / start / 'last'}"]
+                    runs[grpo_name(prefix, lam, horizon, stop)] = start, [
+                        *argv, *([] if stop == "union" else [f"--stop={stop}"])]
     return runs
 
 
@@ -584,11 +590,11 @@ def claims(world, runs, stop, rl):
                  accuracy_at(teacher, spent), accuracy_at(student, spent))
         claim(9, f"A(S) > A(T), {kl}, long, at the last step", student[-1][A], teacher[-1][A])
 
-    if rl and stop == world.stops[0]:
+    if rl:
         gained, began = {}, {}
         for lam in (0, 1):
             starts = [(prefix, horizon) for prefix in PREFIXES for horizon in (short, long)]
-            after = [runs[f"grpo_{prefix}_{lam}_{horizon}"]["student"]
+            after = [runs[grpo_name(prefix, lam, horizon, stop)]["student"]
                      for prefix, horizon in starts]
             gained[lam] = sum(run[-1][A] - run[0][A] for run in after) / len(after)
             began[lam] = sum(run[0][H] for run in after) / len(after)
@@ -734,7 +740,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
-    parser.add_argument("--rl", action="store_true", help="GRPO from the eight end points as well")
+    parser.add_argument("--rl", action="store_true", help="GRPO from the four cells' end points as well")
     parser.add_argument("--jobs", type=int, help="without --gpus: runs at a time, on one thread "
                                                  "each; default as many as there are cores")
     parser.add_argument("--gpus", help="a run at a time on each of these, as 0,1,2,3")

@@ -20,7 +20,7 @@ import rl_grpo
 import sample
 import train_distill
 import utils
-from cells import DIRECTIONS, PREFIXES, Job, claims, name_of
+from cells import PREFIXES, Job, claims, name_of
 
 PRICES = cells.small_world("prices")
 SHORT, LONG, RUNGS, LAMS, STOPS = (
@@ -59,27 +59,23 @@ def world(reverse=1, student=1, long=1):
         "avg_at_k": best["avg_at_k"] + 0.1, "pass_at_k": best["pass_at_k"] + 0.1, "length": 90.0}
     for stop in STOPS:
         runs[f"curriculum_{stop}"] = {"student": [better]}
-    for prefix in PREFIXES:
-        for _, lam in DIRECTIONS:
-            for horizon in (SHORT, LONG):
-                begin = runs[name_of(prefix, lam, horizon, "union")]["student"][-1]
-                gain = 0.1 if amount_of_reverse(lam) == 0 else -0.1
-                end = begin | {"avg_at_k": begin["avg_at_k"] + gain}
-                runs[f"grpo_{prefix}_{lam}_{horizon}"] = {"student": [begin, end]}
+    for name, (start, _) in cells.grpo_runs(PRICES, Path()).items():
+        begin = runs[start]["student"][-1]
+        gain = 0.1 if amount_of_reverse(int(start.split("_")[1])) == 0 else -0.1
+        runs[name] = {"student": [begin, begin | {"avg_at_k": begin["avg_at_k"] + gain}]}
     return runs
 
 
-def failed(runs):
+def failed(runs, stop="union"):
     """The numbers of the claims that do not hold, were the numbers exact."""
-    return {number for number, text, left, right in claims(PRICES, runs, "union", rl=True)
+    return {number for number, text, left, right in claims(PRICES, runs, stop, rl=True)
             if cells.verdict(text, np.full(3, left - right))[0] != "holds"}
 
 
 def test_each_claim_holds_where_it_should():
-    assert failed(world()) == set()
-    assert {row[0] for row in claims(PRICES, world(), "union", rl=True)} == set(range(2, 14))
-    # GRPO starts from the runs with stop = union only.
-    assert {10, 11} & {row[0] for row in claims(PRICES, world(), "student", rl=True)} == set()
+    for stop in STOPS:
+        assert failed(world(), stop) == set()
+        assert {row[0] for row in claims(PRICES, world(), stop, rl=True)} == set(range(2, 14))
 
 
 def test_each_claim_fails_with_the_sides_exchanged():
