@@ -740,7 +740,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
-    parser.add_argument("--rl", action="store_true", help="GRPO from the four cells' end points as well")
+    parser.add_argument("--rl", action="store_true", help="GRPO from the cells' ends as well")
     parser.add_argument("--jobs", type=int, help="without --gpus: runs at a time, on one thread "
                                                  "each; default as many as there are cores")
     parser.add_argument("--gpus", help="a run at a time on each of these, as 0,1,2,3")
