@@ -8,7 +8,7 @@
 PYTHON ?= python3
 MODEL ?= out/opd_4b/last
 BIN = .venv/bin
-# Without compiling all of every package, which takes longer than the rest; Python compiles what is
+# Without compiling all of every package, which takes as long as the rest; Python compiles what is
 # imported, and keeps it, also where the environment says otherwise.
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile
 export PYTHONDONTWRITEBYTECODE =

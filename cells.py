@@ -5,7 +5,7 @@ or the whole grid on GPUs.
     python cells.py                                      # make cells: 36 runs on the toy world of
                                                          # data/prices.py, 17 minutes on 2 cores
     python cells.py --rl --seeds 42 43 44                # make paper-toy: three seeds, and GRPO
-                                                         # from 16 end points each; 85 minutes
+                                                         # from 16 end points each; 86 minutes
     python cells.py --world smollm --rl                  # make real-cells: a real language model,
                                                          # after make real; hours
     python cells.py --base configs/opd_4b.py --rl --gpus 0,1,2,3,4,5,6,7    # the paper's grid
@@ -186,8 +186,9 @@ def grpo_runs(world, folder):
                 for horizon in (world.short, world.long):
                     start = name_of(prefix, lam, horizon, stop)
                     argv = [*world.grpo, f"--student={folder / start / 'last'}"]
-                    runs[grpo_name(prefix, lam, horizon, stop)] = start, [
-                        *argv, *([] if stop == "union" else [f"--stop={stop}"])]
+                    if stop != "union":
+                        argv.append(f"--stop={stop}")
+                    runs[grpo_name(prefix, lam, horizon, stop)] = start, argv
     return runs
 
 

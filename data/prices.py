@@ -96,7 +96,11 @@ def solve(money, things, rng, prices=PRICES):
 
 def make_problems(train=3000, test=256, seed=SEED):
     """{file name: rows}; no two problems have the same things."""
-    assert train + test < sum(math.comb(len(THINGS), count) for count in COUNTS) / 2
+    sets = sum(math.comb(len(THINGS), count) for count in COUNTS)
+    if train + test > sets / 2:
+        raise ValueError(
+            f"{train + test} problems of {COUNTS} things each: there are {sets} sets of these, and "
+            f"drawing more than half of them takes long; add THINGS, or make fewer problems")
     rng = random.Random(seed)
     files = {}
     used = set()

@@ -4,9 +4,10 @@ Decoding with transformers beside `model.generate`, and where a token's time goe
     python tests/bench_decode.py          # the toy student; after make real-pruned SmolLM2, too
 
 Our decode loop and `model.generate` sample responses to the same prompts at T = 1, in alternating
-rounds; medians. Then once more with a clock in each part of a forward, beside two floors: the
-matrix products at the speed of a large one, and reading the weights once a token. Clocks cost a
-little themselves, so parts add up to more than a plain round takes.
+rounds; medians. Both run with the attention of kernels/cpu.py. Then once more with a clock in each
+part of a forward, beside two floors: the matrix products at the speed of a large one, and reading
+the weights once a token. Clocks cost a little themselves, so parts add up to more than a plain
+round takes.
 """
 
 import contextlib
@@ -107,7 +108,10 @@ def programs(folder, path, dtype, rows, new_tokens, stops):
 
 
 def decoding(*case, rounds):
-    """(model, median seconds of each program, our seconds by part) of a case."""
+    """
+    (model, median seconds of each program, our seconds by part, forwards, one for each token) of a
+    case.
+    """
     model, calls = programs(*case)
     times = {name: [] for name in calls}
     for seed in range(rounds + 1):                       # in turn: noise of the machine hits both
@@ -119,13 +123,13 @@ def decoding(*case, rounds):
         start = time.perf_counter()
         calls["ours"](1)
         total = time.perf_counter() - start
-    calls, forward = parts.pop("forward")
+    forwards, forward = parts.pop("forward")
     seconds = {part: spent for part, (_, spent) in parts.items()}
     outside = seconds["sampling"] + seconds["rows that leave"]
     seconds["rest of the forward"] = forward - sum(seconds.values()) + outside
     seconds["LM head, lists"] = total - forward - outside
     medians = {name: statistics.median(found[1:]) for name, found in times.items()}
-    return model, medians, seconds, calls
+    return model, medians, seconds, forwards
 
 
 def main():
