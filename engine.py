@@ -93,10 +93,8 @@ class Engine:
         tokens whatever else is in the batch, unless rounding moves a step of the CDF past the
         uniform number that is drawn; with vLLM in bf16 that happens.
         """
-        results = [None] * len(prompts)
-        for i, *result in progress(self.stream(prompts, sampling, seeds), len(prompts)):
-            results[i] = tuple(result)
-        return results
+        results = sorted(progress(self.stream(prompts, sampling, seeds), len(prompts)))
+        return [tuple(result) for _, *result in results]
 
 
 def progress(stream, total):
@@ -143,8 +141,7 @@ class HFEngine(Engine):
         """
         # Neighbours in length are decoded together, for little padding.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        # A layer that is compiled for training would be compiled anew for each length of its cache.
-        with unsharded(self.decoder), torch.compiler.set_stance("force_eager"):
+        with unsharded(self.decoder):
             for first in range(0, len(order), self.max_rows):
                 rows = order[first : first + self.max_rows]
                 yield from self._decode(rows, prompts, sampling, seeds, on_token)
@@ -163,7 +160,9 @@ class HFEngine(Engine):
         uniforms = torch.stack(drawn).to(device)  # (B, limit)
         written = [(i, [], []) for i in rows]  # tokens and log-probs so far
         cache = DynamicCache(config=self.decoder.config)
-        hidden = self._advance(ids.clamp(min=0), lengths, cache)[copies]  # (B, H)
+        # Prompts are of many lengths, and each is read once: not worth a program.
+        with torch.compiler.set_stance("force_eager"):
+            hidden = self._advance(ids.clamp(min=0), lengths, cache)[copies]  # (B, H)
         cache.batch_select_indices(copies)
         lengths = lengths[copies]
         for step in range(limit):
@@ -412,6 +411,8 @@ def make_engine(kind, cfg, model, dtype, vocab_size, max_length, sleeps=True):
     engine = (HFEngine if kind == "hf" else VLLMEngine)(
         model, dtype, vocab_size, cfg.rollout_rows, cfg.max_tokens_per_microbatch
     )
+    if kind == "hf" and cfg.compile:  # one program for all of a token's forward
+        engine._advance = torch.compile(engine._advance, dynamic=True)
     engine.max_length = min(max_length, model.config.max_position_embeddings)
     engine.kv_cache_gb, engine.timeout = cfg.kv_cache_gb, cfg.rollout_timeout
     on_gpu = model.device.type == "cuda"

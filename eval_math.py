@@ -93,6 +93,7 @@ class Config:
 
     engine: Literal["auto", "hf", "vllm"] = "auto"      # hf: transformers; auto: vllm on a GPU
     rollout_rows: int = 32                              # responses that hf decodes together
+    compile: bool = False                               # with hf: docs/speed.md
     kv_cache_gb: float = 40.0                           # of vllm, on a GPU of 80 GB
     rollout_timeout: float = 600.0                      # seconds without a response: it hangs
     max_logprob_gap: float | None = None                # nats; None: as make_engine has it
@@ -102,9 +103,9 @@ class Config:
 
 # No response depends on these: an evaluation may go on with others. What a model and a template
 # are is compared by fingerprints.
-MAY_CHANGE = ("model", "template", "engine", "rollout_rows", "kv_cache_gb", "rollout_timeout",
-              "max_logprob_gap", "max_tokens_per_microbatch", "window", "out_dir",
-              "overwrite")
+MAY_CHANGE = ("model", "template", "engine", "rollout_rows", "compile", "kv_cache_gb",
+              "rollout_timeout", "max_logprob_gap", "max_tokens_per_microbatch", "window",
+              "out_dir", "overwrite")
 
 
 def load_benchmarks(cfg):
@@ -143,12 +144,10 @@ def open_model(cfg, benchmarks, device):
 
     vocab_size = len(lm_head(model))
     positions = model.config.max_position_embeddings
-    prompts = {}
-    longest = 0
-    for name, (problems, _) in benchmarks.items():
-        prompts[name] = usable_prompts(
-            name, problems, tokenizer, cfg.max_new_tokens, positions, vocab_size)
-        longest = max(longest, *map(len, prompts[name].values()))
+    prompts = {
+        name: usable_prompts(name, problems, tokenizer, cfg.max_new_tokens, positions, vocab_size)
+        for name, (problems, _) in benchmarks.items()}
+    longest = max(len(ids) for of_one in prompts.values() for ids in of_one.values())
     engine = make_engine(
         cfg.engine, cfg, model, dtype, vocab_size,
         longest + cfg.max_new_tokens, sleeps=False)

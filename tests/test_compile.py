@@ -1,10 +1,11 @@
 """
-compile = True: the layers give the same numbers and gradients, are compiled a few times whatever
-the lengths, and rollouts run them as they are.
+compile = True: layers give the same numbers and gradients, rollouts the same tokens, and all is
+compiled a few times, whatever the lengths.
 """
 
 import functools
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch._dynamo.utils import counters
 
 import rl_grpo
 import train_distill
-from engine import HFEngine, Sampling
+from engine import Sampling, make_engine, score
 from models import load_model, response_hidden
 from utils import UserError, check_ranges, read_lines
 
@@ -60,17 +61,52 @@ def test_same_numbers_and_no_compiling_for_each_length(traced, recompute, dtype)
     assert graphs() == made
 
 
+def engine_of(model, dtype, compiled):
+    cfg = SimpleNamespace(compile=compiled, rollout_rows=64, max_tokens_per_microbatch=4096,
+                          max_logprob_gap=None, kv_cache_gb=1.0, rollout_timeout=9.0)
+    return make_engine("hf", cfg, model, dtype, 272, 96)
+
+
+def written_by(engine, rows, length):
+    prompts = [prompt + response for prompt, response in batch(rows, length)]
+    rollouts = engine.generate(prompts, Sampling(60, (257, 260)), range(rows))
+    return prompts, rollouts
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rollouts_are_not_compiled(traced, dtype):
-    """Neither with the model itself nor with a copy of it, and it is compiled again after them."""
-    plain = load_model("data/toy/student", torch.float32)
-    ours = load_model("data/toy/student", torch.float32, compiled=True)
-    prompts, sampling = [[258, 51, 43, 52, 63, 259]] * 3, Sampling(24, (257, 260))
-    wrote = [HFEngine(model, dtype=dtype, vocab_size=272).generate(prompts, sampling, [1, 2, 3])
-             for model in (plain, ours)]
-    assert wrote[0] == wrote[1] and graphs() == 0
-    response_hidden(ours, batch(4, 20))
-    assert graphs() > 0
+def test_rollouts_are_the_same_by_few_programs(traced, dtype):
+    """
+    Of the model itself or its copy, whose layers are compiled for training, too: whatever the rows
+    and lengths, and with new weights.
+    """
+    models = [load_model("data/toy/student", torch.float32, compiled=on) for on in (False, True)]
+    plain, ours = (engine_of(model, dtype, on) for model, on in zip(models, (False, True)))
+    wrote = []
+    for shape in ROWS:
+        wrote.append(written_by(plain, *shape))
+        assert written_by(ours, *shape) == wrote[-1]
+        assert 1 <= graphs() <= 3                        # one row is its own; rows = columns may be
+        for model, engine in zip(models, (plain, ours)):
+            model.model.norm.weight.data *= 0.9
+            engine.sync()
+    assert written_by(ours, *ROWS[0]) != wrote[0]
+    response_hidden(models[1], batch(4, 20))
+    assert graphs() > 3                                  # in training layers have their programs
+
+
+@pytest.mark.slow                                        # it builds the programs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_built_programs_write_what_the_model_means(dtype):
+    """Log-probs are the model's, and a row does not depend on its neighbours."""
+    torch._dynamo.reset()
+    engine = engine_of(load_model("data/toy/student", torch.float32), dtype, True)
+    prompts, rollouts = written_by(engine, 12, 20)
+    _, gaps = score(engine, prompts, rollouts)
+    assert gaps["logprob_gap_max"] < (1e-4 if dtype == torch.float32 else 0.15)
+    if dtype == torch.float32:
+        for i in (0, 7):
+            alone, = engine.generate(prompts[i:i + 1], Sampling(60, (257, 260)), [i])
+            assert alone[0] == rollouts[i][0]
 
 
 def test_both_stages_read_the_key(traced, tmp_path):

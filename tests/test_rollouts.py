@@ -226,7 +226,7 @@ def test_the_choice_is_printed(monkeypatch, capsys, kind, device, version, chose
     (torch.float32, None, 1e-4), (torch.bfloat16, None, 0.15), (torch.bfloat16, 0.2, 0.2)])
 def test_settings_of_an_engine(student, dtype, given, limit):
     cfg = SimpleNamespace(rollout_rows=4, max_tokens_per_microbatch=99, max_logprob_gap=given,
-                          kv_cache_gb=1.0, rollout_timeout=9.0)
+                          kv_cache_gb=1.0, rollout_timeout=9.0, compile=False)
     engine = make_engine("hf", cfg, student, dtype, 272, 64)
     assert engine.max_logprob_gap == limit
     assert (engine.max_rows, engine.max_tokens, engine.vocab_size) == (4, 99, 272)
