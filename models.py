@@ -24,14 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import cached_file
 
-from utils import (
-    FULL_STATE,
-    UserError,
-    as_user_error,
-    fingerprint,
-    model_folder,
-    print0,
-)
+from kernels import cpu  # noqa: F401  (its attention takes the place of transformers')
+from utils import FULL_STATE, UserError, as_user_error, fingerprint, model_folder, print0
 
 # ---------------------------------------------------------------------------------------- loading
 
@@ -98,8 +92,7 @@ def lm_head(model):
 
 def load_checkpoint(path, model, optimizer):
     """Restore weights and AdamW's moments exactly, also of shards. The rate is the config's."""
-    weights = load_model(path, torch.float32).state_dict()
-    set_model_state_dict(model, weights, options=FULL_STATE)
+    set_model_state_dict(model, load_model(path, torch.float32).state_dict(), options=FULL_STATE)
     moments = torch.load(f"{path}/optimizer.pt", mmap=True)
     if moments:  # there are none before the first update
         state = get_optimizer_state_dict(model, optimizer) | {"state": moments}

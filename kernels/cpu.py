@@ -1,6 +1,7 @@
 """
 transformers' attention, faster on a CPU, where torch's kernel or its use is slow. Importing this
-file is enough.
+file is enough, as models.py does. The package itself does not import transformers, which looks for
+a package of this name while it is being imported.
 """
 
 import torch

@@ -108,7 +108,7 @@ STAGES = {"train_distill", "rl_grpo", "sample", "eval_math"}
 TO_A_STAGE = {"data", "grade", "trajectories", "engine", "models", "utils", "kernels"}
 MAY_IMPORT = {
     "utils": set(),
-    "models": {"utils"},
+    "models": {"utils", "kernels"},
     "engine": {"models", "utils", "kernels"},
     "grade": {"engine", "utils", "kernels"},
     "trajectories": {"models", "utils"},

@@ -22,8 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.integrations import sdpa_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import import_utils
 
-from kernels import linear_logp, roofline
+from kernels import cpu, linear_logp, roofline
 from kernels.bench import linear_kl_reference
 from kernels.linear_kl import linear_kl
 
@@ -648,6 +649,7 @@ def test_attention(monkeypatch, dtype, tolerance):
     """
     torch.manual_seed(0)
     attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    assert attention is cpu.attention
     module = SimpleNamespace(num_key_value_groups=3, is_causal=True)
     query, key, value = (torch.randn(2, heads, 40, 32, dtype=dtype) for heads in (6, 2, 2))
     plain = torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16)
@@ -671,3 +673,23 @@ def test_attention(monkeypatch, dtype, tolerance):
         grads.append(torch.autograd.grad((weight * output).sum(), inputs))
     assert outputs[0].dtype == dtype and distance(*outputs) < tolerance
     assert all(distance(ours, other) < tolerance for ours, other in zip(*grads))
+
+
+def test_a_package_of_the_same_name(tmp_path):
+    """
+    transformers looks for Hugging Face's `kernels` and finds this folder: a script in it that
+    imports transformers first works, and where that package is installed one line says what to do.
+    """
+    info = tmp_path / f"kernels-{import_utils.KERNELS_MIN_VERSION}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Name: kernels\nVersion: {import_utils.KERNELS_MIN_VERSION}\n")
+    script = ("from transformers import AutoModelForCausalLM as model\n"
+              "model.from_pretrained('data/toy/student')")
+    for installed in (False, True):
+        found = subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
+            env=os.environ | {"PYTHONPATH": str(tmp_path) if installed else ""})
+        last = found.stderr.strip().split("\n")[-1]
+        assert bool(found.returncode) == installed, found.stderr
+        assert last.endswith("finds this repository's folder of that name first: pip uninstall "
+                             "kernels") == installed
