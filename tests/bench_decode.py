@@ -3,25 +3,29 @@ Decoding with transformers beside `model.generate`, and where a token's time goe
 
     python tests/bench_decode.py          # the toy student; after make real-pruned SmolLM2, too
 
-Our decode loop and `model.generate` sample responses to the same prompts at T = 1, in alternating
-rounds; medians. Both run with the attention of kernels/cpu.py. Then once more with a clock in each
-part of a forward, beside two floors: the matrix products at the speed of a large one, and reading
-the weights once a token. Clocks cost a little themselves, so parts add up to more than a plain
-round takes.
+Our decode loop, as it is and with `compile = True`, and `model.generate` sample responses to the
+same prompts at T = 1, in alternating rounds; medians. The round in which programs are built has its
+own line. Then once more, not compiled, with a clock in each part of a forward, beside two floors:
+the matrix products at the speed of a large one, and reading the weights once a token. Clocks cost a
+little themselves, so parts add up to more than a plain round takes.
 """
 
 import contextlib
+import functools
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
+from transformers import AttentionInterface
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations import sdpa_attention
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import engine  # noqa: E402  (needs the repository on the path)
 from data.problems import encode_prompt, load_problems, load_tokenizer  # noqa: E402
+from kernels import cpu  # noqa: E402
 from models import load_model  # noqa: E402
 
 # (folder, problems, dtype, rows, new tokens, stop ids or None for the model's own, rounds)
@@ -29,6 +33,19 @@ CASES = (
     ("data/toy/student", "data/toy/train.jsonl", "float32", 64, 96, (257, 260), 21),
     ("data/smollm/pruned", "data/smollm/train.jsonl", "float32", 16, 64, None, 5),
     ("data/smollm/pruned", "data/smollm/train.jsonl", "bfloat16", 16, 64, None, 5))
+
+
+@contextlib.contextmanager
+def plain_attention():
+    """Inside, attention is that of transformers, as others have it, not that of kernels/cpu.py."""
+    faster = cpu.attention, sdpa_attention.use_gqa_in_sdpa
+    AttentionInterface.register("sdpa", cpu.plain)
+    sdpa_attention.use_gqa_in_sdpa = cpu.plain_use_gqa
+    try:
+        yield
+    finally:
+        AttentionInterface.register("sdpa", faster[0])
+        sdpa_attention.use_gqa_in_sdpa = faster[1]
 
 
 def machine(dtype):
@@ -90,27 +107,31 @@ def programs(folder, path, dtype, rows, new_tokens, stops):
         encode_prompt(tokenizer, problem["problem"]) for problem in load_problems(path)[:rows]]
     ends = stops or (model.generation_config.eos_token_id,)
     ours = engine.HFEngine(model, model.dtype)
+    programmed = engine.HFEngine(model, model.dtype)
+    programmed._advance = torch.compile(programmed._advance, dynamic=True)  # as make_engine does
     sampling = engine.Sampling(new_tokens, ends)
     tokenizer.padding_side = "left"
     padded = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
 
     def generate(seed):
         torch.manual_seed(seed)
-        with torch.inference_mode():
+        with torch.inference_mode(), plain_attention():
             model.generate(
                 **padded, do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
                 max_new_tokens=new_tokens, eos_token_id=list(ends), pad_token_id=ends[0])
 
-    def decode(seed):
-        ours.generate(prompts, sampling, [seed * 1000 + i for i in range(rows)])
+    def decode(writer, seed):
+        writer.generate(prompts, sampling, [seed * 1000 + i for i in range(rows)])
 
-    return model, {"ours": decode, "model.generate": generate}
+    return model, {
+        "ours": functools.partial(decode, ours), "model.generate": generate,
+        "compiled": functools.partial(decode, programmed)}
 
 
 def decoding(*case, rounds):
     """
-    (model, median seconds of each program, our seconds by part, forwards, one for each token) of a
-    case.
+    (model, median seconds of each program, those of the compiled one's first round, our seconds by
+    part, forwards, one for each token) of a case.
     """
     model, calls = programs(*case)
     times = {name: [] for name in calls}
@@ -129,7 +150,7 @@ def decoding(*case, rounds):
     seconds["rest of the forward"] = forward - sum(seconds.values()) + outside
     seconds["LM head, lists"] = total - forward - outside
     medians = {name: statistics.median(found[1:]) for name, found in times.items()}
-    return model, medians, seconds, forwards
+    return model, medians, times["compiled"][0], seconds, forwards
 
 
 def main():
@@ -139,10 +160,12 @@ def main():
         if not Path(folder).exists():
             print(f"{folder}: not there (make real-pruned)")
             continue
-        model, seconds, parts, tokens = decoding(*case, rounds=rounds)
-        ours, theirs = seconds["ours"], seconds["model.generate"]
-        print(f"{folder}, {dtype}, {rows} rows x {new_tokens} tokens: ours {ours:.3f} s, "
-              f"model.generate {theirs:.3f} s, {theirs / ours:.2f}x")
+        model, seconds, building, parts, tokens = decoding(*case, rounds=rounds)
+        theirs = seconds["model.generate"]
+        print(f"{folder}, {dtype}, {rows} rows x {new_tokens} tokens")
+        for name, spent in seconds.items():
+            print(f"  {name:<20}{spent:>8.3f} s {theirs / spent:>6.2f}x")
+        print(f"  {'building it':<20}{building:>8.1f} s")
         total = sum(parts.values())
         for part, spent in sorted(parts.items(), key=lambda item: -item[1]):
             print(f"  {part:<20}{1e3 * spent / tokens:>8.2f} ms a token {spent / total:>6.0%}")

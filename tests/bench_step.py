@@ -26,7 +26,7 @@ import torch
 from transformers import Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench_decode import CASES, decoding  # noqa: E402  (beside this file)
+from bench_decode import CASES, decoding, plain_attention  # noqa: E402  (beside this file)
 
 import models  # noqa: E402
 import sample  # noqa: E402  (needs the repository on the path)
@@ -66,11 +66,12 @@ def train(out, config, *argv):
     return rows, [sum(row[f"{phase}_seconds"] for phase in PHASES) for row in rows]
 
 
-def our_steps(student, teacher, folder):
+def our_steps(student, teacher, folder, *options):
     """Rows of the metrics of on-policy steps, and the seconds of each step."""
     return train(
         folder / "ours", "configs/toy_opd.py", f"--student={student}", f"--teacher={teacher}",
-        "--learning_rate=1e-6", f"--batch_size={PROMPTS}", f"--max_new_tokens={NEW_TOKENS}")
+        "--learning_rate=1e-6", f"--batch_size={PROMPTS}", f"--max_new_tokens={NEW_TOKENS}",
+        *options)
 
 
 def trl_steps(student, teacher, path, batch_size, new_tokens, steps, dtype, folder, stops=None):
@@ -106,7 +107,8 @@ def trl_steps(student, teacher, path, batch_size, new_tokens, steps, dtype, fold
         model=model, teacher_model=models.load_model(teacher, getattr(torch, dtype)), args=args,
         train_dataset=prompts, processing_class=load_tokenizer(student),
         callbacks=[Clock()])
-    trainer.train()
+    with plain_attention():
+        trainer.train()
     return seconds
 
 
@@ -141,17 +143,18 @@ def flops_ratio():
 
 def measure():
     """The report: medians of everything."""
-    ours, theirs, rows = [], [], []
+    ours, theirs, rows, compiled = [], [], [], []
     run, cached, reading = [], [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         student, teacher = make_models(folder)
         *toy, rounds = CASES[0]
-        _, decoding_seconds, _, _ = decoding(*toy, rounds=rounds)
+        _, decoding_seconds, *_ = decoding(*toy, rounds=rounds)
         for _ in range(ROUNDS):
             of_steps, seconds = our_steps(student, teacher, folder)
             ours += seconds
             rows += of_steps
+            compiled += our_steps(student, teacher, folder, "--compile=True")[1]
             with contextlib.suppress(ImportError):
                 theirs += trl_steps(student, teacher, "data/toy/train.jsonl", PROMPTS, NEW_TOKENS,
                                     WARMUP + STEPS, "float32", folder, list(STOPS))[WARMUP:]
@@ -162,7 +165,7 @@ def measure():
             cached += seconds
             reading += reading_seconds
 
-    step_seconds = {"ours": statistics.median(ours)}
+    step_seconds = {"ours": statistics.median(ours), "compiled": statistics.median(compiled)}
     if theirs:
         step_seconds["TRL"] = statistics.median(theirs)
     return {
@@ -189,11 +192,12 @@ def main():
     step = report["step_seconds"]
     prefix = report["teacher_prefix_step_seconds"]
     print(f"\n{'seconds, median':<44}{'ours':>8}{'theirs':>8}{'theirs/ours':>13}")
-    print_row("decode 64 rows (model.generate)", decode["ours"], decode["model.generate"])
-    if "TRL" in step:
-        print_row("on-policy step (TRL DistillationTrainer)", step["ours"], step["TRL"])
-    else:
-        print(f"{'on-policy step (TRL is not installed)':<44}{step['ours']:>8.3f}")
+    for name, who in (("", "ours"), (", compiled", "compiled")):
+        print_row(f"decode 64 rows (model.generate){name}", decode[who], decode["model.generate"])
+        if "TRL" in step:
+            print_row(f"on-policy step (TRL){name}", step[who], step["TRL"])
+        else:
+            print(f"{f'on-policy step (no TRL installed){name}':<44}{step[who]:>8.3f}")
     for phase, seconds in report["phase_seconds"].items():
         print(f"  {phase:<42}{seconds:>8.3f}")
     print_row("teacher-prefix step, cached (teacher run)", prefix["cached"], prefix["run"])
