@@ -15,8 +15,8 @@ __all__ = ["linear_kl", "linear_logp"]
 
 
 def __getattr__(name):
-    # There are no classes here. Where Hugging Face's package of this name is installed, transformers
-    # looks for its classes and finds this folder first; its own error would not say so.
+    # There are no classes here. Where Hugging Face's package of this name is installed,
+    # transformers looks for its classes and finds this folder first; its error would not say so.
     if name[0].isupper():
         raise ImportError(
             f"transformers wants {name} of Hugging Face's package `kernels`, but finds this "

@@ -143,7 +143,8 @@ def flops_ratio():
 
 def measure():
     """The report: medians of everything."""
-    ours, theirs, rows, compiled = [], [], [], []
+    ours, rows = {"ours": [], "compiled": []}, {"ours": [], "compiled": []}
+    theirs = []
     run, cached, reading = [], [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -151,10 +152,10 @@ def measure():
         *toy, rounds = CASES[0]
         _, decoding_seconds, *_ = decoding(*toy, rounds=rounds)
         for _ in range(ROUNDS):
-            of_steps, seconds = our_steps(student, teacher, folder)
-            ours += seconds
-            rows += of_steps
-            compiled += our_steps(student, teacher, folder, "--compile=True")[1]
+            for who, options in (("ours", []), ("compiled", ["--compile=True"])):
+                of_steps, seconds = our_steps(student, teacher, folder, *options)
+                ours[who] += seconds
+                rows[who] += of_steps
             with contextlib.suppress(ImportError):
                 theirs += trl_steps(student, teacher, "data/toy/train.jsonl", PROMPTS, NEW_TOKENS,
                                     WARMUP + STEPS, "float32", folder, list(STOPS))[WARMUP:]
@@ -165,7 +166,7 @@ def measure():
             cached += seconds
             reading += reading_seconds
 
-    step_seconds = {"ours": statistics.median(ours), "compiled": statistics.median(compiled)}
+    step_seconds = {who: statistics.median(seconds) for who, seconds in ours.items()}
     if theirs:
         step_seconds["TRL"] = statistics.median(theirs)
     return {
@@ -177,8 +178,10 @@ def measure():
             "reading": statistics.median(reading)},
         "step_seconds": step_seconds,
         "phase_seconds": {
-            phase: statistics.median(row[f"{phase}_seconds"] for row in rows) for phase in PHASES},
-        "mean_response_tokens": statistics.mean(row["mean_length"] for row in rows)}
+            who: {phase: statistics.median(row[f"{phase}_seconds"] for row in found)
+                  for phase in PHASES}
+            for who, found in rows.items()},
+        "mean_response_tokens": statistics.mean(row["mean_length"] for row in rows["ours"])}
 
 
 def print_row(what, ours, theirs):
@@ -198,8 +201,8 @@ def main():
             print_row(f"on-policy step (TRL){name}", step[who], step["TRL"])
         else:
             print(f"{f'on-policy step (no TRL installed){name}':<44}{step[who]:>8.3f}")
-    for phase, seconds in report["phase_seconds"].items():
-        print(f"  {phase:<42}{seconds:>8.3f}")
+        for phase, seconds in report["phase_seconds"][who].items():
+            print(f"  {phase:<42}{seconds:>8.3f}")
     print_row("teacher-prefix step, cached (teacher run)", prefix["cached"], prefix["run"])
     print(f"{'  FLOPs, Qwen3-4B -> 0.6B (B 32, P 92, R 128)':<60}{flops_ratio():>13.2f}")
     share = prefix["reading"] / prefix["cached"]
