@@ -34,7 +34,7 @@ def load_model(path, dtype, device="cpu", recompute=False, compiled=False):
     """
     A causal LM in eval mode (no dropout), in `dtype`. With recompute a layer keeps its input only,
     and runs again in the backward. Compiled, torch.compile makes a program of each part of a layer,
-    one for all layers and lengths; engines do not use them. UserError when it is missing or
+    one for all layers and lengths; engines have their own. UserError when it is missing or
     damaged, or when its logits are more than hidden states times the LM head, for the losses need
     no more.
     """

@@ -108,7 +108,7 @@ class Config:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # compute; master weights are always fp32
     max_tokens_per_microbatch: int = 16384  # padded tokens in a forward; the result is the same
     gradient_checkpointing: bool = False  # keep a layer's input only, run it again in the backward
-    compile: bool = False  # torch.compile the layers, in training alone (docs/speed.md)
+    compile: bool = False  # by torch.compile: layers, and a token's forward in hf (docs/speed.md)
     collective_timeout: float = 1800.0  # seconds that a process waits for the others
     # evaluation on a fixed held-out set
     eval_data: str = "data/math500.jsonl"

@@ -105,7 +105,7 @@ class Config:
     gradient_checkpointing: bool = (
         False  # store layers' inputs only, run them again in the backward
     )
-    compile: bool = False  # torch.compile the layers, in training alone (docs/speed.md)
+    compile: bool = False  # by torch.compile: layers, and a token's forward in hf (docs/speed.md)
     # evaluation on a fixed held-out set
     eval_data: str = "data/math500.jsonl"
     eval_every: int = 30  # steps; 0: never
