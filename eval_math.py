@@ -93,7 +93,7 @@ class Config:
 
     engine: Literal["auto", "hf", "vllm"] = "auto"      # hf: transformers; auto: vllm on a GPU
     rollout_rows: int = 32                              # responses that hf decodes together
-    compile: bool = False                               # with hf: docs/speed.md
+    compile: bool = False                               # torch.compile a token's forward in hf
     kv_cache_gb: float = 40.0                           # of vllm, on a GPU of 80 GB
     rollout_timeout: float = 600.0                      # seconds without a response: it hangs
     max_logprob_gap: float | None = None                # nats; None: as make_engine has it

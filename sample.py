@@ -87,8 +87,7 @@ class Config:
                                             # on the terminal it is always transformers
     rollout_rows: int = 64                  # responses decoded together; for engine="hf" this
                                             # bounds the memory of the KV cache
-    compile: bool = False                   # with hf, torch.compile a token's forward
-                                            # (docs/speed.md)
+    compile: bool = False                   # torch.compile a token's forward in hf
     kv_cache_gb: float = 40.0               # of vLLM, on a GPU of 80 GB
     rollout_timeout: float = 600.0          # seconds without a finished response until the end
     max_logprob_gap: float | None = None    # nats, mean over tokens, between the log-probs of the

@@ -24,6 +24,7 @@ from transformers.integrations import sdpa_attention
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import engine  # noqa: E402  (needs the repository on the path)
+import sample  # noqa: E402
 from data.problems import encode_prompt, load_problems, load_tokenizer  # noqa: E402
 from kernels import cpu  # noqa: E402
 from models import load_model  # noqa: E402
@@ -106,9 +107,9 @@ def programs(folder, path, dtype, rows, new_tokens, stops):
     prompts = [
         encode_prompt(tokenizer, problem["problem"]) for problem in load_problems(path)[:rows]]
     ends = stops or (model.generation_config.eos_token_id,)
-    ours = engine.HFEngine(model, model.dtype)
-    programmed = engine.HFEngine(model, model.dtype)
-    programmed._advance = torch.compile(programmed._advance, dynamic=True)  # as make_engine does
+    ours, programmed = (
+        engine.make_engine("hf", sample.Config(compile=on), model, model.dtype, None, 4096)
+        for on in (False, True))
     sampling = engine.Sampling(new_tokens, ends)
     tokenizer.padding_side = "left"
     padded = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")

@@ -5,8 +5,9 @@ Seconds of an on-policy step, and of decoding, beside other people's code; media
 
 The step: 64 toy prompts, at most 96 new tokens, reverse KL, fp32, the toy student (0.12M
 parameters) and a teacher of 0.36M with random weights (timing does not depend on them). The
-learning rate is 1e-6, so that response lengths stay what they are. TRL's DistillationTrainer gets
-the same models, prompts and sampling, in alternating rounds.
+learning rate is 1e-6, so that response lengths stay what they are. Ours run as they are and with
+`compile = True`; TRL's DistillationTrainer gets the same models, prompts and sampling; in
+alternating rounds.
 
 Then teacher prefixes from disk: the toy teacher (0.6M) runs in every step, or its hidden states
 are cached; beside it the ratio of FLOPs for Qwen3-4B and -0.6B. Prints a table and writes
